@@ -215,11 +215,22 @@ class DomainLinear(BaseLinear):
         with _reading:
             while self.stored:
                 domain, stored = next(iter(self.stored.items()))
-                self.add_module(PREFIX + domain, self.lent.get(domain) or self._read(stored))
+                setattr(self, PREFIX + domain, self.lent.get(domain) or self._read(stored))
                 del self.stored[domain]
             self.lent.clear()
 
-    # What reaches the layer's tensors from outside; `_apply` and `train` need no tensors of those that are in a file.
+    # What reaches the layer's tensors from outside; `train` needs no tensors of those in a file, and `_apply` only
+    # for another type.
+
+    def __getattr__(self, name: str) -> Any:
+        """As in the base class, of all domains; submodules and parameters are found by their names by it too."""
+        if name.startswith(PREFIX) and name.removeprefix(PREFIX) in self.__dict__.get("stored", ()):
+            self.read_stored()
+        return super().__getattr__(name)
+
+    def __repr__(self) -> str:
+        self.read_stored()
+        return super().__repr__()
 
     def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
         """As in the base class, of all domains; parameters and buffers are found by it too."""
@@ -245,9 +256,13 @@ class DomainLinear(BaseLinear):
         return super().__getstate__()
 
     def _apply(self, *args: Any, **kwargs: Any) -> "DomainLinear":
+        dtype = floating_type(self)
         with _reading:
             self.lent.clear()
-        return super()._apply(*args, **kwargs)
+        super()._apply(*args, **kwargs)
+        if floating_type(self) != dtype:
+            self.read_stored()  # or the next type would be given more digits than this one leaves
+        return self
 
     def train(self, mode: bool = True) -> "DomainLinear":
         """As in the base class."""

@@ -119,6 +119,17 @@ def modules(model):
     return {f"{n}.{name}": x for n, m in model.named_modules() for name, x in m.named_parameters(recurse=False)}
 
 
+def by_name(model):
+    layer = next(name for name in model.expert_module_names if name.startswith("memory_attention."))
+    found = {domain: model.get_parameter(f"{layer}.domain_{domain}.lora_A") for domain in ("c", "a")}
+    assert not hasattr(model.get_submodule(layer), "domain_x")
+    return found
+
+
+def printed(model):
+    return {line: torch.zeros(()) for line in repr(model).splitlines()}
+
+
 def deepcopy(model):
     return copy.deepcopy(model).state_dict()
 
@@ -143,6 +154,10 @@ def half_after_use(model):
     return model.to(torch.bfloat16).state_dict()
 
 
+def half_and_whole_again(model):
+    return model.half().float().state_dict()
+
+
 def renamed(model):
     rename_domain(model, "b", "z")
     remove_domain(model, "a")
@@ -165,8 +180,8 @@ def merged(model):
 @pytest.mark.parametrize(
     "use",
     [
-        *(state, of_submodule, parameters, modules, deepcopy, pickled, applied, half, half_after_use),
-        *(renamed, trainable, merged),
+        *(state, of_submodule, parameters, modules, by_name, printed, deepcopy, pickled, applied),
+        *(half, half_after_use, half_and_whole_again, renamed, trainable, merged),
     ],
 )
 def test_whoever_asks_for_tensors_gets_those_of_all_domains(stored, whole, use):
