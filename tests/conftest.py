@@ -3,6 +3,7 @@
 import copy
 import gc
 import json
+import logging
 import os
 import re
 from pathlib import Path
@@ -28,8 +29,11 @@ def pytest_collection(session) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """The garbage collector need not look at what is imported."""
+    """The garbage collector need not look at what is imported, nor pytest at each of PyTorch's 86 loggers."""
     gc.freeze()
+    for name in [*logging.root.manager.loggerDict]:
+        if name.startswith("torch."):
+            logging.getLogger(name).propagate = True  # through the root, where pytest listens
 
 
 def pytest_sessionfinish() -> None:
@@ -172,20 +176,11 @@ def unless_meta(draw):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def shortcuts():
-    """A folder of a model is read once while its files are the same; further loads are copies, much faster.
-
-    What tells the tensors of a configuration is built once, trainers collect no garbage, and saves do not wait for the
-    disk: processes are killed here, but no plug is pulled.
-    """
-    from torch.nn import init
-    from transformers import PreTrainedConfig
-    from transformers.initialization import TORCH_INIT_FUNCTIONS
-
+def copies():
+    """A folder of a model is read once while its files are the same; further loads are copies, much faster."""
     from samoe_hf import SamoeModel
-    from samoe_hf.model import weights_check
 
-    read, build = SamoeModel.from_pretrained, weights_check.build_on_meta
+    read = SamoeModel.from_pretrained
 
     def from_pretrained(pretrained_model_name_or_path=None, *args, **options):
         source = pretrained_model_name_or_path
@@ -200,6 +195,24 @@ def shortcuts():
                 del READ[next(iter(READ))]
         return copy_model(READ[key])
 
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SamoeModel, "from_pretrained", from_pretrained)
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shortcuts():
+    """What tells the tensors of a configuration is built once, trainers collect no garbage, and saves do not wait for
+    the disk: processes are killed here, but no plug is pulled.
+    """
+    from torch.nn import init
+    from transformers import PreTrainedConfig
+    from transformers.initialization import TORCH_INIT_FUNCTIONS
+
+    from samoe_hf.model import weights_check
+
+    build = weights_check.build_on_meta
+
     def build_on_meta(config):
         key = str(config.to_dict())
         if key not in BUILT:
@@ -213,7 +226,6 @@ def shortcuts():
         for name, draw in TORCH_INIT_FUNCTIONS.items():
             patch.setitem(TORCH_INIT_FUNCTIONS, name, unless_meta(draw))
             patch.setattr(init, name, unless_meta(getattr(init, name)))
-        patch.setattr(SamoeModel, "from_pretrained", from_pretrained)
         patch.setattr(weights_check, "build_on_meta", build_on_meta)
         yield
 

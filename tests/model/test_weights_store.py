@@ -23,7 +23,7 @@ NAMES = ("a", "b", "c")
 
 
 @pytest.fixture(autouse=True)
-def shortcuts():
+def copies():
     """Each model is loaded here: a copy of one has read all."""
 
 
