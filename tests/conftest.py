@@ -222,6 +222,8 @@ def shortcuts():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda _: None)
         patch.setattr(PreTrainedConfig, "__repr__", object.__repr__)  # it is made for each line of a log that is off
+        # Seconds that the garbage collector waits for a loader's worker, whose queue it may have ended before.
+        patch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.2)
         patch.setattr("accelerate.utils.memory.clear_device_cache", lambda **_: None)
         for name, draw in TORCH_INIT_FUNCTIONS.items():
             patch.setitem(TORCH_INIT_FUNCTIONS, name, unless_meta(draw))
