@@ -210,13 +210,14 @@ def shortcuts():
     from transformers.initialization import TORCH_INIT_FUNCTIONS
 
     from samoe_hf.model import weights_check
+    from samoe_hf.original import checkpoint
 
     build = weights_check.build_on_meta
 
-    def build_on_meta(config):
-        key = str(config.to_dict())
+    def build_on_meta(config, with_experts=True):
+        key = str(config.to_dict()), with_experts
         if key not in BUILT:
-            BUILT[key] = build(config)
+            BUILT[key] = build(config, with_experts)
         return BUILT[key]
 
     with pytest.MonkeyPatch.context() as patch:
@@ -228,7 +229,8 @@ def shortcuts():
         for name, draw in TORCH_INIT_FUNCTIONS.items():
             patch.setitem(TORCH_INIT_FUNCTIONS, name, unless_meta(draw))
             patch.setattr(init, name, unless_meta(getattr(init, name)))
-        patch.setattr(weights_check, "build_on_meta", build_on_meta)
+        for module in (weights_check, checkpoint):
+            patch.setattr(module, "build_on_meta", build_on_meta)
         yield
 
 

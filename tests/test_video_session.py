@@ -16,6 +16,13 @@ POINT = {"input_points": [[[[40, 60]]]], "input_labels": [[[1]]]}
 BOX = {"input_boxes": [[[20, 20, 90, 70]]]}
 
 
+@pytest.fixture
+def short(nano, monkeypatch):
+    """The model, which reads memories of the last eight frames."""
+    monkeypatch.setattr(nano.model.config, "max_object_pointers_in_encoder", 8)
+    return nano.model
+
+
 class Frames:
     """Frames that are made when they are read, and counts of how often."""
 
@@ -54,23 +61,23 @@ def held_bytes(session) -> int:
 
 
 @slow_over_bases
-def test_it_gives_what_a_session_gives_that_keeps_all(nano, processor):
+def test_it_gives_what_a_session_gives_that_keeps_all(short, processor):
     """Prompts on two frames, a correction later, forward and then backward, farther than is kept."""
-    frames = Frames(36)
+    frames = Frames(20)
     results = []
     for session in (
-        processor.init_video_session(video=np.stack([frames[t] for t in range(36)])),
-        VideoSession(frames, processor, keep_frames=16),
+        processor.init_video_session(video=np.stack([frames[t] for t in range(20)])),
+        VideoSession(frames, processor, keep_frames=8),
     ):
-        processor.add_inputs_to_inference_session(session, 17, 1, **POINT)
-        processor.add_inputs_to_inference_session(session, 19, 2, **BOX)
-        forward = track(nano.model, session, 17)
-        processor.add_inputs_to_inference_session(session, 34, 1, **BOX)
-        nano.model(session, frame_idx=34)
-        forward |= track(nano.model, session, 34)
-        results.append((forward, track(nano.model, session, 17, reverse=True)))
+        processor.add_inputs_to_inference_session(session, 9, 1, **POINT)
+        processor.add_inputs_to_inference_session(session, 11, 2, **BOX)
+        forward = track(short, session, 9)
+        processor.add_inputs_to_inference_session(session, 18, 1, **BOX)
+        short(session, frame_idx=18)
+        forward |= track(short, session, 18)
+        results.append((forward, track(short, session, 9, reverse=True)))
     for kept_all, forgetful in zip(*results, strict=True):
-        assert kept_all.keys() == forgetful.keys() and len(kept_all) >= 18
+        assert kept_all.keys() == forgetful.keys() and len(kept_all) >= 10
         for frame_idx, masks in kept_all.items():
             torch.testing.assert_close(forgetful[frame_idx], masks, rtol=0, atol=0)
 
@@ -109,45 +116,45 @@ def test_frames_are_prepared_as_those_of_a_whole_video(processor):
 
 
 @slow_over_bases
-def test_memory_does_not_grow_with_the_video(nano, processor):
-    frames = Frames(49)  # the prompted one, and 12 times the four that are encoded at once
-    session = VideoSession(frames, processor, keep_frames=16)
-    for obj_id in (1, 2, 3):
+def test_memory_does_not_grow_with_the_video(short, processor):
+    frames = Frames(33)  # the prompted one, and eight times the four that are encoded at once
+    session = VideoSession(frames, processor, keep_frames=8)
+    for obj_id in (1, 2):
         processor.add_inputs_to_inference_session(session, 0, obj_id, **POINT)
-    held = [held_bytes(session) for _ in nano.model.propagate_in_video_iterator(session)]
+    held = [held_bytes(session) for _ in short.propagate_in_video_iterator(session)]
     assert held[5] > held[0]
-    assert max(held[36:]) == held[36] == held[-1]
-    assert sorted(frames.reads[1:]) == list(range(49))  # the first read is for the size
+    assert max(held[20:]) == held[20] == held[-1]
+    assert sorted(frames.reads[1:]) == list(range(33))  # the first read is for the size
 
 
-def test_masks_that_wait_for_a_late_object_are_not_held(nano, processor):
+def test_masks_that_wait_for_a_late_object_are_not_held(short, processor):
     def held(count):
-        session = VideoSession(Frames(count), processor, keep_frames=16)
+        session = VideoSession(Frames(count), processor, keep_frames=8)
         for obj_id, frame_idx in enumerate((0, count - 1)):
             processor.add_inputs_to_inference_session(session, frame_idx, obj_id, **POINT)
-        for output in nano.model.propagate_from_prompts_iterator(session):
+        for output in short.propagate_from_prompts_iterator(session):
             if output.frame_idx == count - 1:
                 return sum(one.nbytes for one in gc.get_objects() if type(one) is torch.Tensor)
 
-    held(20)  # what is computed once
-    longer, shorter = held(52), held(36)
+    held(12)  # what is computed once
+    longer, shorter = held(36), held(20)
     assert longer - shorter < 10 * 4 * 32 * 32  # bytes of 10 masks
 
 
 @slow_over_bases
-def test_streams_may_be_endless(nano, processor):
-    session = VideoSession(keep_frames=16)
+def test_streams_may_be_endless(short, processor):
+    session = VideoSession(keep_frames=8)
     plain = processor.init_video_session()
     held = []
-    for t in range(44):
+    for t in range(28):
         inputs = processor(images=Frames(200)[t], return_tensors="pt")
         if t == 0:
             for one in (session, plain):
                 processor.add_inputs_to_inference_session(one, 0, 1, original_size=(90, 160), **BOX)
-        masks = [nano.model(one, frame=inputs.pixel_values[0]).pred_masks for one in (session, plain)]
+        masks = [short(one, frame=inputs.pixel_values[0]).pred_masks for one in (session, plain)]
         torch.testing.assert_close(*masks, rtol=0, atol=0)
         held.append(held_bytes(session))
-    assert held[-1] == held[-10] < held_bytes(plain) / 2
+    assert held[-1] == held[-8] < held_bytes(plain) / 2
 
 
 @pytest.fixture

@@ -29,10 +29,10 @@ from samoe_hf.surgery.domains import add_domain, copy_domain_experts
 from samoe_hf.training.trainer import build_trainer
 
 RUN = """
-train_data: [{kind: synthetic, domain: DOMAIN, num_videos: 6, num_frames: 2, seed: 1}]
+train_data: [{kind: synthetic, domain: DOMAIN, num_videos: 6, num_frames: 2, image_size: [64, 64], seed: 1}]
 eval_data:
-- {kind: synthetic, domain: blobs, num_videos: 1, num_frames: 2, seed: 2}
-- {kind: synthetic, domain: stripes, num_videos: 1, num_frames: 2, seed: 2}
+- {kind: synthetic, domain: blobs, num_videos: 1, num_frames: 2, image_size: [64, 64], seed: 2}
+- {kind: synthetic, domain: stripes, num_videos: 1, num_frames: 2, image_size: [64, 64], seed: 2}
 num_frames: 2
 num_correction_clicks: 1
 per_device_train_batch_size: 2

@@ -19,7 +19,7 @@ from samoe_hf.surgery.ranks import set_ranks
 from samoe_hf.training.trainer import build_trainer
 
 RUN = """
-train_data: [{kind: synthetic, domain: blobs, num_videos: NUM, num_frames: 3, seed: 1}]
+train_data: [{kind: synthetic, domain: blobs, num_videos: NUM, num_frames: 2, image_size: [64, 64], seed: 1}]
 eval_fraction: 0.2
 num_frames: 2
 num_correction_clicks: 1
