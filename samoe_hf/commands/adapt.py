@@ -45,7 +45,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     help_text = "start from the experts of a domain; auto: those that track the training videos best (%(default)s)"
     domain.add_argument("--like", metavar="auto|none|DOMAIN", default="auto", help=help_text)
     help_text = "the experts' rank; auto: train a high one, and keep of each layer what matters (the run's)"
-    domain.add_argument("--lora_rank", metavar="N|auto", help=help_text)
+    domain.add_argument("--lora_rank", "--lora-rank", metavar="N|auto", help=help_text)
     help_text = f"with `--lora_rank auto`: what the experts may have on disk, such as 500kB ({DEFAULT_BUDGET})"
     domain.add_argument("--budget", metavar="SIZE", help=help_text)
     help_text = "the domain that experts of no domain become, such as those of a SAM2-MoE checkpoint (former)"

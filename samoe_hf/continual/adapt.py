@@ -131,8 +131,9 @@ class Adaptation:
                 f"against {percent(base)}). Train it longer or on more videos, or leave it out."
             )
         if self.known_before:
+            before = f"{self.known_before} video{'s' * (self.known_before > 1)}"
             lines.append(
-                f"The gate knew {name} by {self.known_before} videos before. It learned it anew, from those of this "
+                f"The gate knew {name} by {before} before. It learned it anew, from those of this "
                 "run alone: if these are others, give all, or tell it of the former ones (`samoe domains confirm`)."
             )
         known = f"The gate knows {name} by {self.gate_videos} video{'s' * (self.gate_videos > 1)}"

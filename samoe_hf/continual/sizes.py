@@ -86,9 +86,10 @@ class Sizes:
     def describe(self) -> str:
         """What was tried and chosen, in sentences."""
         whose = "that were trained on, since there are few" if self.trained_on else "that were spared from training"
+        videos = f"{self.videos} video{'s' * (self.videos != 1)}"
         return (
-            f"{self.table()}\nSizes of the experts, tried on {self.videos} videos {whose}. Chosen: "
-            f"{format_bytes(self.chosen)}. {self.reason}"
+            f"{self.table()}\nSizes of the experts, tried on {videos} {whose}. Chosen: {format_bytes(self.chosen)}. "
+            f"{self.reason}"
         )
 
 
@@ -100,6 +101,8 @@ def format_bytes(count: float) -> str:
 def raise_ranks(model: SamoeModel, domain: str, budget: int) -> None:
     """Gives a domain's experts the rank that is trained before some of it is left out; they do what they did."""
     costs, fixed = expert_costs(model, domain)
+    if not costs:
+        raise InputError(f"`lora_rank` auto chooses ranks of experts, but the domain {domain!r} has none.")
     if (least := min(costs[layer] + fixed[layer] for layer in costs)) > budget:
         raise InputError(
             f"A budget of {format_bytes(budget)} is too little: experts of rank 1 in a single one of the {len(costs)} "
@@ -146,16 +149,19 @@ def choose_size(
     result = Sizes(budget, len(excerpts), trained_on, [largest])
     good, bad, best = min(budget, largest.bytes), None, None if largest.bytes > budget else ranks
     least = min(costs[layer] + fixed[layer] for layer in costs)
-    limit = good if best is None else good / 2
-    while limit >= least and (bad is None or good / bad > PRECISION):
-        one, ranks, _ = try_size(limit)
-        result.tried.append(one)
-        if best is None or one.loss + one.error <= TOLERANCE:
-            good, best = limit, ranks
-            result.chosen = one.bytes
+    limit = good if best is None else max(good / 2, least)
+    while best is None or (limit < good and (bad is None or good / bad > PRECISION)):
+        if ranks_within(limit, energies, costs, fixed)[1] in {one.bytes for one in result.tried}:
+            bad = limit  # the same directions once more
         else:
-            bad = limit
-        limit = good / 2 if bad is None else math.sqrt(good * bad)
+            one, ranks, _ = try_size(limit)
+            result.tried.append(one)
+            if best is None or one.loss + one.error <= TOLERANCE:
+                good = result.chosen = one.bytes
+                best = ranks
+            else:
+                bad = limit
+        limit = max(good / 2, least) if bad is None else math.sqrt(good * bad)
     assert best is not None
     for layer, values in trained.items():
         modules[layer].lora_B.copy_(values)

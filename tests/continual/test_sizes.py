@@ -115,11 +115,12 @@ def test_a_loss_counts_with_its_error(domain):
     assert found.chosen == whole and found.tried[1].loss == pytest.approx(0) and found.tried[1].error > 0.02
 
 
-@pytest.mark.parametrize("budget", [20_000, 2_000])
+@pytest.mark.parametrize("budget", [20_000, 2_000, 1_300])
 def test_the_budget_comes_first_and_may_be_less_than_all_layers_need(domain, budget):
     model, whole, found = domain(lambda share, _: share, budget=budget)
     assert num_bytes(model, "a") == found.chosen <= budget < whole
     assert found.reason == f"The budget of {budget // 1000} kB allows no more, which costs more than 1 point of J&F."
+    assert len({one.bytes for one in found.tried}) == len(found.tried)
 
 
 def test_a_budget_of_some_layers_is_no_too_little_one():
@@ -134,7 +135,8 @@ def test_where_nothing_is_scored_or_all_is_equal(domain):
     assert found.chosen == whole and found.reason.startswith("No video could be scored")
     model, whole, found = domain(lambda *_: 0.5)
     assert found.chosen < whole / 20 and found.reason == "There is nothing smaller."
-    assert sum(experts.lora_rank for _, experts in domain_modules(model, "a")) <= 2
+    assert sum(experts.lora_rank for _, experts in domain_modules(model, "a")) == 1
+    assert len({one.bytes for one in found.tried}) == len(found.tried)
 
 
 def test_what_does_not_go_with_it_is_refused(base, tmp_path):
@@ -144,7 +146,8 @@ def test_what_does_not_go_with_it_is_refused(base, tmp_path):
         (["--budget", "1MB"], "`--budget` goes with `--lora_rank auto`"),
         (["--lora_rank", "2", "--budget", "1MB"], "`--budget` goes with `--lora_rank auto`"),
         (["--lora_rank", "auto", "--budget", "big"], "`--budget` must be a size of experts such as 4MB, got 'big'"),
-        (["--lora_rank", "auto", "--budget", "0.1kB"], "A budget of 0 kB is too little: experts of rank 1 in a single"),
+        (["--lora_rank", "auto", "--num_experts", "0"], "`lora_rank` auto chooses ranks .* domain 'new' has none"),
+        (["--lora-rank", "auto", "--budget", "0.1kB"], "A budget of 0 kB is too little: experts of rank 1 in a single"),
     ):
         with pytest.raises(ValueError, match=message):
             run_command(*words, *options)
