@@ -11,6 +11,8 @@ from samoe_hf.errors import InputError
 from samoe_hf.one_writer import OneWriter
 from samoe_hf.whole_files import write_text
 
+LONG = 300  # characters in which two values are shown
+
 
 class RunFolder(ABC):
     """A folder in which a stopped run goes on, as long as its identity in `run.json`, all that it depends on, is the
@@ -69,6 +71,6 @@ def differences(earlier: Any, now: Any, name: str = "") -> dict[str, str]:
         parts = (differences(earlier.get(key), now.get(key), f"{name}.{key}".lstrip(".")) for key in keys)
         return {name: words for part in parts for name, words in part.items()}
     words = f"is {earlier!r}, not {now!r}"
-    if isinstance(earlier, dict) or isinstance(now, dict):
+    if isinstance(earlier, dict) or isinstance(now, dict) or len(words) > LONG:
         words = "is missing now" if now is None else "is new" if earlier is None else "is another"
     return {} if earlier == now else {name: f"`{name}` {words}"}

@@ -153,3 +153,9 @@ def test_masks_that_lie_where_their_results_go_are_not_overwritten(tmp_path):
     assert entry["summary"]["J_mean"] == 1
     with pytest.raises(ValueError, match="Labels of models must differ, got other, other"):
         evaluation.results([entry, entry], state)
+
+
+def test_of_another_run_long_values_are_named_and_not_shown(tmp_path):
+    EvaluationRun(tmp_path, {"domains": [{"name": "one", "layers": ["q_proj"] * 99}], "seed": 1}).start()
+    with pytest.raises(ValueError, match=r"another run: `domains` is another; `seed` is 1, not 2\. Choose"):
+        EvaluationRun(tmp_path, {"domains": [{"name": "two", "layers": ["q_proj"] * 99}], "seed": 2}).start()
