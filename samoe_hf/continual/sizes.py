@@ -168,18 +168,21 @@ def choose_size(
     set_ranks(model, domain, best)
     result.chosen = result.chosen or largest.bytes
     result.tried.sort(key=lambda one: -one.bytes)
-    smaller = [one for one in result.tried if one.bytes < result.chosen]
-    one = next(one for one in result.tried if one.bytes == result.chosen)
+    result.reason = _reason(result)
+    return result
+
+
+def _reason(sizes: Sizes) -> str:
+    """Why the size that was chosen was."""
+    one = next(one for one in sizes.tried if one.bytes == sizes.chosen)
     point = f"{100 * TOLERANCE:.0f} point of J&F"
     if math.isnan(one.loss):
-        result.reason = "No video could be scored, so nothing says that fewer would do."
-    elif one.loss + one.error > TOLERANCE:
-        result.reason = f"The budget of {format_bytes(budget)} allows no more, which costs more than {point}."
-    elif smaller:
-        result.reason = f"The next smaller one may lose more than {point}."
-    else:
-        result.reason = "There is nothing smaller."
-    return result
+        return "No video could be scored, so nothing says that fewer would do."
+    if one.loss + one.error > TOLERANCE:
+        return f"The budget of {format_bytes(sizes.budget)} allows no more, which costs more than {point}."
+    if sizes.tried[-1].bytes < sizes.chosen:
+        return f"The next smaller one may lose more than {point}."
+    return "There is nothing smaller."
 
 
 def expert_costs(model: SamoeModel, domain: str) -> tuple[dict[str, int], dict[str, int]]:
