@@ -58,7 +58,7 @@ ADDITIVE_TUNERS = (
 PARTS_OF_EXPERT_LAYERS = ("router", "router_logits", "dropout", r"domain_[\w-]+")
 LAYER_NAME = re.compile(r"\^?[\w.-]+")
 # Names of folders that Trainer does not upload are no names of adapters.
-ADAPTER_NAME = re.compile(r"(?!_|checkpoint-)[\w-]+")
+ADAPTER_NAME = re.compile(r"(?!_|checkpoint-|domains$)[\w-]+")
 
 
 # PEFT before takes experts for adapters of its own.
@@ -167,8 +167,8 @@ def check_adapter_name(name: str) -> None:
     """Raises a `ValueError` for a name that cannot be a folder's beside the model's files."""
     if not isinstance(name, str) or not ADAPTER_NAME.fullmatch(name):
         raise InputError(
-            "`adapter_name` must be of letters, digits, _ and -, as a folder's name, and begin neither with _ nor with "
-            f"checkpoint-, got {name!r}."
+            "`adapter_name` must be of letters, digits, _ and -, as a folder's name, not `domains`, and begin neither with "
+            f"_ nor with checkpoint-, got {name!r}."
         )
 
 

@@ -452,6 +452,7 @@ class SamoeModel(SamoePreTrainedModel):
                 raise InputError(f"`variant` does not go with `experts_only`, got {variant!r}.")
         is_main_process = kwargs.get("is_main_process", True)
         self.config.adapters = active_adapters(self)
+        self.config.base_model = None  # a model that was built of the configuration of what was trained is whole
         tensors, of_domains = split_domains(without_adapters(self.state_dict() if state_dict is None else state_dict))
         if is_main_process or not experts_only:
             with updated_folder(save_directory) as folder:

@@ -55,22 +55,37 @@ def base_fingerprint(
     """Hash of the tensors of a model's base: all but the experts' and those in `saved`.
 
     Args:
-        state_dict: the model's own tensors; taken from it if not given. Of a quantized base, the full one is loaded.
+        state_dict: the model's own tensors; taken from it if not given. Of a base that is quantized, or in parts of
+            several types, the full one is loaded.
         dtype: the type that they are hashed in; the model's if not given.
+
+    Raises:
+        InputError: if a base of several types is another one now than was loaded.
     """
-    if not model.origin.quantized:
-        return _fingerprint(model.state_dict() if state_dict is None else state_dict, saved, dtype or model.dtype)
+    own = _base_tensors(model.state_dict() if state_dict is None else state_dict, saved)
+    dtype, is_quantized = dtype or model.dtype, bool(model.origin.quantized)
+    is_cast = len({tensor.dtype for tensor in own.values() if tensor.is_floating_point()}) > 1
+    if model.origin.source is None or not (is_quantized or is_cast):
+        return hash_tensors(own.items(), dtype)
     known, key = model.origin.fingerprints, frozenset(saved)
     if key not in known:
-        assert model.origin.source is not None  # what is quantized was loaded
-        base = _load_base(type(model), model.config, model.origin.source, {"dtype": model.dtype})
-        known[key] = _fingerprint(base.state_dict(), saved, model.dtype)
+        base = _load_base(type(model), model.config, model.origin.source, {"dtype": dtype})
+        full = _base_tensors(base.state_dict(), saved)
+        if not is_quantized:
+            changed = [name for name, x in own.items() if not torch.equal(x.cpu(), full[name].to(x.dtype))]
+            if changed:
+                raise InputError(
+                    f"{changed[0]!r} is not the base model's, whose tensors `experts_only` leaves out; make it trainable, "
+                    "or save the model as a whole."
+                )
+        known[key] = hash_tensors(full.items(), dtype)
     return known[key]
 
 
-def _fingerprint(state_dict: Mapping[str, Tensor], saved: set[str], dtype: torch.dtype) -> str:
+def _base_tensors(state_dict: Mapping[str, Tensor], saved: set[str]) -> dict[str, Tensor]:
+    """The tensors of a base in order: all but the experts' and those in `saved`."""
     names = sorted(name for name in state_dict if name not in saved and not is_expert_parameter(name))
-    return hash_tensors(((name, state_dict[name]) for name in names), dtype)
+    return {name: state_dict[name] for name in names}
 
 
 def _load_base(
@@ -191,7 +206,7 @@ def load_trained(
         is_of_experts = bool(reshaped) and all(map(is_expert_parameter, reshaped))
         hint = " `replace_experts` gives a loaded model other experts." if is_of_experts else ""
         raise InputError(f"{names}, which it does not fit: {describe_mismatches(problems)}.{hint}")
-    if _fingerprint(own, set(found), model.dtype) != digest:
+    if hash_tensors(_base_tensors(own, set(found)).items(), model.dtype) != digest:
         raise InputError(f"{names}, but the tensors there are not those that it was trained on (other fingerprint).")
     new = [name for name, tensors in of_domains.items() if lacking & tensors.keys()]
     others = [name for name in found if name not in kept]

@@ -154,6 +154,7 @@ def test_what_is_no_adapter_is_refused_and_the_model_works_on(nano, model):
     for config, name, message in [
         (IA3Config(target_modules=["qkv"], feedforward_modules=[]), None, "must be a LoraConfig, got IA3Config"),
         (LoraConfig(target_modules=["qkv"]), "../up", "as a folder's name, .* got '../up'"),
+        (LoraConfig(target_modules=["qkv"]), "domains", "not `domains`, .* got 'domains'"),
         (LoraConfig(target_modules=["nowhere"]), None, "not found"),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -98,6 +98,24 @@ def test_tensors_of_another_type_than_the_model_are_saved_as_they_are(model_fold
     assert_tensors(loaded, tensors)
 
 
+def test_what_was_trained_over_a_base_with_parts_of_another_type_is_loaded(model_folder, tmp_path):
+    model = SamoeModel.from_pretrained(model_folder)
+    model.vision_encoder.half()
+    model.save_pretrained(tmp_path / "trained", experts_only=True)
+    assert_same_tensors(SamoeModel.from_pretrained(tmp_path / "trained"), SamoeModel.from_pretrained(model_folder))
+    next(model.mask_decoder.parameters()).data += 1
+    model.origin.fingerprints.clear()
+    with pytest.raises(ValueError, match=r"'mask_decoder\..*' is not the base model's"):
+        model.save_pretrained(tmp_path / "other", experts_only=True)
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_model_of_the_configuration_of_what_was_trained_is_saved_as_a_whole(experts_folder, tmp_path):
+    model = SamoeModel(SamoeConfig.from_pretrained(experts_folder))
+    model.save_pretrained(tmp_path)
+    assert_same_tensors(SamoeModel.from_pretrained(tmp_path), model)
+
+
 @pytest.mark.parametrize("dtype", [torch.int8, "fp16", {"vision_encoder": "float16"}])
 def test_a_type_that_weights_cannot_have_is_refused(experts_folder, dtype):
     with pytest.raises(ValueError, match="`dtype` must be a floating-point type"):
