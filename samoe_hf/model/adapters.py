@@ -167,8 +167,8 @@ def check_adapter_name(name: str) -> None:
     """Raises a `ValueError` for a name that cannot be a folder's beside the model's files."""
     if not isinstance(name, str) or not ADAPTER_NAME.fullmatch(name):
         raise InputError(
-            "`adapter_name` must be of letters, digits, _ and -, as a folder's name, not `domains`, and begin neither with "
-            f"_ nor with checkpoint-, got {name!r}."
+            "`adapter_name` must be of letters, digits, _ and -, as a folder's name, not `domains`, and begin neither "
+            f"with _ nor with checkpoint-, got {name!r}."
         )
 
 

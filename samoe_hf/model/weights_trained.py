@@ -75,8 +75,8 @@ def base_fingerprint(
             changed = [name for name, x in own.items() if not torch.equal(x.cpu(), full[name].to(x.dtype))]
             if changed:
                 raise InputError(
-                    f"{changed[0]!r} is not the base model's, whose tensors `experts_only` leaves out; make it trainable, "
-                    "or save the model as a whole."
+                    f"{changed[0]!r} is not the base model's, whose tensors `experts_only` leaves out; make it "
+                    "trainable, or save the model as a whole."
                 )
         known[key] = hash_tensors(full.items(), dtype)
     return known[key]
