@@ -133,7 +133,8 @@ def load_original(
 
 def _widened(tensors: Mapping[str, Tensor], copy: bool = False) -> dict[str, Tensor]:
     """The tensors as float32, or as float64 where they are that. With `copy` none shares memory with others."""
-    return {n: t.to(torch.promote_types(t.dtype, torch.float32), copy=copy) for n, t in tensors.items()}
+    types = {n: torch.float64 if t.dtype == torch.float64 else torch.float32 for n, t in tensors.items()}
+    return {n: t.to(types[n], copy=copy) for n, t in tensors.items()}
 
 
 def _read_tensors(path: str | os.PathLike) -> dict[str, Tensor]:

@@ -147,10 +147,11 @@ def test_all_forms_of_checkpoints_are_equal(save, base, experts, full):
     assert_equal(state_dict_to_original(ours), full)
     assert_equal(state_dict_from_original(state_dict_to_original(ours)), ours)
     # Types narrower than float32 are widened, and wider ones kept.
-    changed = base | {"no_mem_embed": base["no_mem_embed"].half(), "no_obj_ptr": base["no_obj_ptr"].double()}
-    _, tensors = load_original(save(changed), original_config=CONFIG)
-    types = tensors["no_memory_embedding"].dtype, tensors["no_object_pointer"].dtype
-    assert types == (torch.float32, torch.float64)
+    for narrow in (torch.float16, torch.float8_e4m3fn):
+        changed = base | {"no_mem_embed": base["no_mem_embed"].to(narrow), "no_obj_ptr": base["no_obj_ptr"].double()}
+        _, tensors = load_original(save(changed), original_config=CONFIG)
+        assert torch.equal(tensors["no_memory_embedding"], base["no_mem_embed"].to(narrow).float())
+        assert tensors["no_object_pointer"].dtype == torch.float64
 
 
 def test_what_wrappers_trainers_and_averages_leave_is_read(save, base, caplog):
