@@ -100,7 +100,8 @@ def act(parsed: argparse.Namespace) -> None:
         if parsed.action in ("list", "show"):
             processor, (model, config) = None, domains.load_without_experts(parsed.model)
         else:
-            config, (model, processor) = None, load_tracker(parsed.model, parsed.device, dtype=None)
+            options = domains.without_experts_of(parsed.model, parsed.name) if parsed.action == "remove" else {}
+            config, (model, processor) = None, load_tracker(parsed.model, parsed.device, dtype=None, **options)
     if parsed.action == "list" and parsed.hub:
         base, found = domains.find_on_hub(model, parsed.model)
         rows = [[repository, ", ".join(names) or "cannot be read"] for repository, names in found.items()]

@@ -90,6 +90,15 @@ def load_without_experts(source: str, but: Sequence[str] = (), **options: Any) -
     return SamoeModel.from_pretrained(source, config=config.without_domain_experts(but), **hub, **options), config
 
 
+def without_experts_of(source: str, name: str) -> dict[str, Any]:
+    """Arguments of `from_pretrained` for a model without the experts of one of its domains, whose file may be gone."""
+    if is_original_checkpoint(source):
+        return {}
+    resolve_commit(source, {})
+    config = SamoeConfig.from_pretrained(source)
+    return {"config": config.without_domain_experts({*config.domain_names} - {name})}
+
+
 def load_for_domains(source: str, names: Sequence[str], like: SamoeModel) -> SamoeModel:
     """Loads the model that `like` gets domains of, those of `names` or all, see [`take_domains`]."""
     of_names = load_without_experts(source, names, dtype=like.dtype)[0] if names else None

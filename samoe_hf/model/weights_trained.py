@@ -23,7 +23,7 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers.dynamic_module_utils import custom_object_save
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 
 from .adapters import plain_name
 from .base_model import SamoePreTrainedModel
@@ -34,6 +34,7 @@ from .domain_gate import build_domain_gate
 from .errors import InputError
 from .expert_layer import DOMAIN_GATE, is_expert_parameter
 from .weights_check import check_values, describe_mismatches, find_mismatches
+from .weights_files import fetch_file
 from .weights_io import hash_tensors
 from .weights_store import StoredTensors
 
@@ -174,10 +175,9 @@ def load_trained(
         )
     saved = SamoeConfig.from_pretrained(source, **hub).dtype  # that of `config` may be what is asked for
     dtype = _wanted_type(arguments.get("dtype", arguments.get("torch_dtype")), config.dtype, saved)
-    path = cached_file(source, SAFE_WEIGHTS_NAME, **hub)
-    assert path is not None and name is not None
     files = open_domain_files(source, hub, config.domains or ())
-    stored = StoredTensors([path, *(file.path for file in files.values() if more_experts)])
+    assert name is not None
+    stored = StoredTensors([_weights_on(name, source, hub), *(file.path for file in files.values() if more_experts)])
     found = stored.headers
     fetch = {key: value for key, value in hub.items() if key not in ("revision", "subfolder")}
     # First in the type that it was saved in, which the fingerprint is of. `adapter_kwargs` are AutoModel's, with the
@@ -210,7 +210,7 @@ def load_trained(
         raise InputError(f"{names}, but the tensors there are not those that it was trained on (other fingerprint).")
     new = [name for name, tensors in of_domains.items() if lacking & tensors.keys()]
     others = [name for name in found if name not in kept]
-    model.load_state_dict({name: stored.read(name) for name in others}, strict=False)
+    _set_values(model, {name: stored.read(name) for name in others}, source)
     check_values(source, model)
     model.origin.changed = {name for name in others if not is_expert_parameter(name)}
     if dtype is not None:
@@ -218,6 +218,19 @@ def load_trained(
     if config.domains:
         store_domain_experts(model, config.domains, files, new)
     return model, lacking.union(*(of_domains[name] for name in new))
+
+
+def _weights_on(base: str, source: str | os.PathLike, hub: Mapping[str, Any]) -> str:
+    if (path := fetch_file(source, SAFE_WEIGHTS_NAME, hub)) is None:
+        raise OSError(f"{source} has no {SAFE_WEIGHTS_NAME}; expected what was trained on {base} there.")
+    return path
+
+
+def _set_values(model: SamoePreTrainedModel, tensors: Mapping[str, Tensor], source: str | os.PathLike) -> None:
+    try:
+        model.load_state_dict(tensors, strict=False)
+    except RuntimeError as error:  # rows of the gate, of other domains
+        raise InputError(f"{source} contradicts its {CONFIG_NAME}: {str(error).splitlines()[-1].strip()}") from error
 
 
 def _wanted_type(given: Any, configured: Any, saved: Any) -> torch.dtype | None:

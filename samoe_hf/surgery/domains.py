@@ -164,9 +164,11 @@ def merge_domains(model: SamoeModel, other: SamoeModel) -> list[str]:
     if (has_none and has_effect(model)) or other.config.domains is None:
         which = "The other" if other.config.domains is None else "This"
         raise InputError(f"{which} model's experts belong to no domain; `rename_domain(None, NAME)` gives them one.")
-    own_names = {name.lower() for name in model.config.domain_names}
+    own_names = {name.lower(): name for name in model.config.domain_names}
     if both := sorted(name for name in other.config.domain_names if name.lower() in own_names):
-        raise InputError(f"Both models have a domain {both[0]!r}; rename one of them.")
+        own = own_names[both[0].lower()]
+        alike = "" if own == both[0] else f", and the other's {both[0]!r} differs by upper and lower case alone"
+        raise InputError(f"Both models have a domain {own!r}{alike}; rename one of them.")
     check_no_adapters(model)
     if base_fingerprint(model, set()) != base_fingerprint(other, set()):
         raise InputError("The models have different bases, whose experts do not fit each other.")

@@ -165,6 +165,16 @@ def test_what_cannot_be_is_refused_and_nothing_is_written(samoe, folder, tmp_pat
     assert {file.name: file.stat().st_mtime_ns for file in folder.iterdir()} == before
 
 
+@pytest.mark.parametrize("change", [Path.unlink, lambda path: path.write_bytes(b"\xff" * path.stat().st_size)])
+def test_a_domain_whose_file_is_lost_or_damaged_can_be_removed(samoe, folder, copy_of, change):
+    change(copy_of / "domains" / "a.safetensors")
+    assert "a.safetensors" in samoe("domains", "remove", copy_of, "b", "--in-place", fails=True)
+    assert "Removed a." in samoe("domains", "remove", copy_of, "a", "--in-place")
+    before, after = tensors(folder), tensors(copy_of)
+    assert_kept(before, after, "b")
+    assert not any(".domain_a." in name for name in after) and same_row(row(after, 0), row(before, 1))
+
+
 def test_what_cannot_be_written_is_not_said_to_be_done(samoe, copy_of, monkeypatch, capfd):
     monkeypatch.setattr(SamoeModel, "save_pretrained", Mock(side_effect=OSError(errno.ENOSPC, "No space left")))
     samoe("domains", "rename", copy_of, "a", "c", "--in-place", fails=True)

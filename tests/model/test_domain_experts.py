@@ -14,6 +14,7 @@ from samoe_hf import SamoeConfig, SamoeModel, VideoSession
 from samoe_hf.analysis.routing import routing_maps
 from samoe_hf.analysis.usage import expert_usage
 from samoe_hf.continual.fit_gate import fit_gate
+from samoe_hf.errors import InputError
 from samoe_hf.inference import VideoPrompt, track_video
 from samoe_hf.model.domain_choice import decide_domains
 from samoe_hf.model.domain_experts import domain_modules
@@ -374,6 +375,13 @@ def test_a_file_that_contradicts_its_domains_is_refused(base, tmp_path):
         path.write_text(text.replace(old, new))
         with pytest.raises((OSError, ValueError), match=message):
             SamoeModel.from_pretrained(tmp_path / "trained")
+    path.write_text(text.replace('"name": "a"', '"name": "z"'))
+    (tmp_path / "trained" / "domains" / "a.safetensors").rename(tmp_path / "trained" / "domains" / "z.safetensors")
+    with pytest.raises(InputError, match=r"trained contradicts its config\.json: domain_gate is of other .*, z\."):
+        SamoeModel.from_pretrained(tmp_path / "trained")
+    (tmp_path / "trained" / "model.safetensors").unlink()
+    with pytest.raises(OSError, match=r"trained has no model\.safetensors; expected what was trained on \S+base there"):
+        SamoeModel.from_pretrained(tmp_path / "trained")
 
 
 def test_an_adapter_of_peft_goes_around_layers_with_domains(two_clips, tmp_path):
