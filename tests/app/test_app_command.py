@@ -6,9 +6,12 @@ import socket
 from types import SimpleNamespace
 
 import pytest
+import torch
 
-from samoe_hf.app.uploads import Limits
-from samoe_hf.commands.app import TINY, default_model, parse_arguments
+from samoe_hf import SamoeModel
+from samoe_hf.app.session import TrackingSession
+from samoe_hf.app.uploads import Limits, open_kept
+from samoe_hf.commands.app import TINY, default_model, parse_arguments, run
 from samoe_hf.errors import InputError
 
 
@@ -119,3 +122,18 @@ def test_options_that_do_not_fit_are_refused(words, capsys):
     with pytest.raises(SystemExit):
         parse_arguments(words)
     assert words[0] in capsys.readouterr().err
+
+
+def test_the_page_computes_in_the_type_and_compiled(model_folder, small_video, tmp_path, monkeypatch):
+    pytest.importorskip("gradio", reason="needs the `app` extra")
+    served, compiled = [], []
+    monkeypatch.setattr(SamoeModel, "compile_for_tracking", lambda model: compiled.append(model))
+    monkeypatch.setattr("samoe_hf.app.server.serving", lambda loaded, *_, **__: served.extend(loaded))
+    monkeypatch.setattr("samoe_hf.app.server.until_stopped", lambda _: None)
+    options = ["--compare", str(model_folder), "--dtype", "bfloat16", "--compile", "--device", "cpu"]
+    run(parse_arguments([str(model_folder), *options]))
+    assert [loaded.model.dtype for loaded in served] == [torch.bfloat16] * 2 and len(compiled) == 2
+    session = TrackingSession(tmp_path / "session", open_kept("small", small_video, Limits()), served[0], Limits())
+    session.click(session.add_object(), 0, 20, 20)
+    tracked = list(session.propagate())
+    assert len(tracked) == session.num_frames

@@ -21,7 +21,7 @@ from samoe_hf.data import SyntheticVideos, read_video
 from samoe_hf.evaluation.report import eval_results
 from samoe_hf.model.processing_samoe import build_processor
 
-NUM_FRAMES = 5
+NUM_FRAMES = 3
 TIMES = ("created", "seconds", "fps", "speed", "num_processes")
 
 

@@ -17,7 +17,7 @@ QUERY = "memory_attention.layers.1.cross_attn_image.q_proj"
 @pytest.fixture
 def two_domains(tmp_path) -> Path:
     path = tmp_path / "run.yaml"
-    source = "kind: synthetic, num_videos: 1, num_frames: 3, image_size: [96, 96], seed: 5"
+    source = "kind: synthetic, num_videos: 1, num_frames: 2, image_size: [96, 96], seed: 5"
     path.write_text(f"eval_data:\n  - {{{source}, domain: shapes}}\n  - {{{source}, domain: blobs}}\n")
     return path
 

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from samoe_hf import SamoeModel, VideoSession, small_base
-from samoe_hf.commands import app
 from samoe_hf.data import SyntheticVideos, read_label_png, write_video
 from samoe_hf.errors import InputError
 from samoe_hf.inference import VideoPrompt, load_tracker, track_video
@@ -73,25 +72,6 @@ def test_a_folder_of_another_type_or_selection_is_refused_and_compiled_or_not_is
     assert "`model.dtype` is 'float32', not 'bfloat16'" in samoe(*words(command), *HALF, fails=True)
     said = samoe(*words(command), "--memory-selection", "distractor", fails=True)
     assert "`model.memory_selection` is 'recent', not 'distractor'" in said
-
-
-def test_the_page_computes_in_the_type_and_compiled(model_folder, compiled, tmp_path, monkeypatch):
-    pytest.importorskip("gradio", reason="needs the `app` extra")
-    from helpers.app import write_small_video
-    from samoe_hf.app.session import TrackingSession
-    from samoe_hf.app.uploads import Limits, open_kept
-
-    served = []
-    monkeypatch.setattr("samoe_hf.app.server.serving", lambda loaded, *_, **__: served.extend(loaded))
-    monkeypatch.setattr("samoe_hf.app.server.until_stopped", lambda _: None)
-    arguments = [str(model_folder), "--compare", str(model_folder), *HALF, "--compile", "--device", "cpu"]
-    app.run(app.parse_arguments(arguments))
-    assert [loaded.model.dtype for loaded in served] == [torch.bfloat16] * 2 and len(compiled) == 2
-    video = open_kept("small", write_small_video(tmp_path / "a video.mp4"), Limits())
-    session = TrackingSession(tmp_path / "session", video, served[0], Limits())
-    session.click(session.add_object(), 0, 20, 20)
-    tracked = list(session.propagate())
-    assert len(tracked) == session.num_frames
 
 
 def test_auto_is_float32_on_a_cpu_and_a_conversion_keeps_the_type(samoe, model_folder, tmp_path):

@@ -19,10 +19,10 @@ from samoe_hf.model.expert_layer import is_expert_parameter
 from samoe_hf.model.processing_samoe import build_processor
 from samoe_hf.surgery.loras import add_expert, export_expert
 
+BLOBS = {"kind": "synthetic", "domain": "blobs", "num_frames": 3, "image_size": [64, 64]}
 RUN = {
-    "train_data": [{"kind": "synthetic", "domain": "blobs", "num_videos": 8, "num_frames": 3, "seed": 1}],
-    "eval_data": [{"kind": "synthetic", "domain": "blobs", "num_videos": 1, "num_frames": 3, "seed": 2}],
-    "num_frames": 3, "per_device_train_batch_size": 2, "max_steps": 2, "learning_rate": 1.0e-2, "lora_rank": 2,
+    "train_data": [{**BLOBS, "num_videos": 8, "seed": 1}], "eval_data": [{**BLOBS, "num_videos": 1, "seed": 2}],
+    "num_frames": 3, "per_device_train_batch_size": 2, "max_steps": 1, "learning_rate": 1.0e-2, "lora_rank": 2,
     "num_experts": 2, "num_correction_clicks": 1, "report_to": "none", "save_strategy": "no", "disable_tqdm": True,
 }  # fmt: skip
 

@@ -45,7 +45,7 @@ class AgainstOneByOne(Interaction):
         self.compare([tracker.step(frame_idx, reverse) for tracker in self.trackers])
 
 
-@pytest.mark.parametrize("sequences", [25, pytest.param(300, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("sequences", [16, pytest.param(300, marks=pytest.mark.slow)])
 def test_random_sessions_of_several_objects_are_those_of_each_alone(tiny, sequences):
     processor = build_processor(tiny.config)
 

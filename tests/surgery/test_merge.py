@@ -22,7 +22,7 @@ from samoe_hf.model.processing_samoe import build_processor
 from samoe_hf.surgery.experts import freeze_experts
 from samoe_hf.surgery.merge import merge_into_base
 
-NUM_FRAMES = 10
+NUM_FRAMES = 6
 ONE = {"num_experts": 1, "num_experts_per_tok": 1, "lora_rank": 4}
 
 
