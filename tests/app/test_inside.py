@@ -12,7 +12,6 @@ from samoe_hf.app.comparison import Comparison, Side
 from samoe_hf.app.experts_view import look_at_experts
 from samoe_hf.app.models import BASE, GATE, LoadedModel
 from samoe_hf.app.pictures import draw_frame, jpeg_url, shown_size, to_video
-from samoe_hf.app.track_page import how_tracked
 from samoe_hf.inference import VideoPrompt
 from samoe_hf.model.domain_experts import module_layer
 from samoe_hf.model.domain_gate import NO_DOMAIN, GateDecision
@@ -144,6 +143,9 @@ def test_experts_of_a_layer_that_runs_twice_are_those_of_all_tokens(make_session
 
 
 def test_the_page_says_whose_experts_a_video_of_no_known_domain_gets(make_session, two_domains, monkeypatch):
+    pytest.importorskip("gradio", reason="needs the `app` extra")
+    from samoe_hf.app.track_page import how_tracked
+
     stranger = GateDecision(
         torch.tensor([NO_DOMAIN]), torch.tensor([0.9]), torch.ones(1, 2), torch.tensor([[0.01, 0.99]])
     )

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,6 @@ from samoe_hf.inference import load_tracker as load_model
 from samoe_hf.model.processing_samoe import build_processor
 
 pytestmark = pytest.mark.slow
-FRAMES, MASKS = drawn_video(20, (480, 854))
 PROGRAM = """
 import importlib.util, json, sys
 import numpy as np
@@ -35,6 +35,12 @@ for prompt in prompts:
 tracked = Tracker(sys.argv[1]).track(given["frames"], prompts)
 np.savez("logits.npz", **{str(t): logits for t, _, logits in tracked})
 """
+
+
+@cache
+def video():
+    """Frames and masks. Drawing them takes seconds, which fast tests need not wait for."""
+    return drawn_video(20, (480, 854))
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +66,7 @@ def small(tmp_path_factory):
 def prompts_of(count: int, corrected: bool = False) -> list[dict]:
     """A mask, a box, or points for each object, some of them late, and one further prompt on a later frame; or all on
     the first frame, and a correction of each third object on a later one."""
-    prompts, shapes = [], list(MASKS.values())
+    prompts, shapes = [], list(video()[1].values())
     for i in range(count):
         mask = shapes[i % len(shapes)]
         (y0, x0), (y1, x1) = np.argwhere(mask).min(0), np.argwhere(mask).max(0)
@@ -81,13 +87,13 @@ def test_without_pytorch_it_tracks_as_the_package_does(python, small, count, tra
     model, processor, folder = small
     prompts = prompts_of(count, corrected=track is tracked_with_corrections)
     masks = {f"mask{i}": prompt["mask"] for i, prompt in enumerate(prompts) if "mask" in prompt}
-    np.savez(tmp_path / "given.npz", allow_pickle=False, frames=np.stack(FRAMES), **masks)
+    np.savez(tmp_path / "given.npz", allow_pickle=False, frames=np.stack(video()[0]), **masks)
     named = [{**prompt, "mask": f"mask{i}"} if "mask" in prompt else prompt for i, prompt in enumerate(prompts)]
     (tmp_path / "prompts.json").write_text(json.dumps(named))
     subprocess.run([python, "-c", PROGRAM, folder], cwd=tmp_path, check=True)
     with np.load(tmp_path / "logits.npz", allow_pickle=False) as file:
         ours = {int(t): logits for t, logits in file.items()}
-    result = difference(track(model, processor, FRAMES, prompts), ours)
+    result = difference(track(model, processor, video()[0], prompts), ours)
     assert result.mean < 1e-3 and result.iou > 0.999
 
 
@@ -95,7 +101,7 @@ def test_in_float16_masks_are_nearly_the_same(small, tmp_path):
     model, processor, folder = small
     half, _ = load_model(small_base(), "cpu", "float16")
     export_model(half.eval(), processor, tmp_path / "half")
-    result = compare(model, processor, load_tracker(tmp_path / "half"), FRAMES, prompts_of(3))
+    result = compare(model, processor, load_tracker(tmp_path / "half"), video()[0], prompts_of(3))
     assert result.iou > 0.98
     sizes_of = [sum(path.stat().st_size for path in x.glob("*.onnx")) for x in (tmp_path / "half", folder)]
     assert sizes_of[0] < 0.7 * sizes_of[1]
