@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import socket
 import sys
@@ -39,8 +40,9 @@ class OneWriter:
         self.target, self.option = Path(target), option
         self.cleared: list[str] = []
         self._depth, self._is_new = 0, False
-        folder, name = (self.target, "") if inside else (self.target.parent, f".{self.target.name}")
-        self._file, self._about = folder / f"{name}.lock", folder / f"{name}.writer.json"
+        # Trainer does not upload names that begin with an underscore.
+        folder, name = (self.target, "_writer") if inside else (self.target.parent, f".{self.target.name}.writer")
+        self._file, self._about = folder / f"{name}.lock", folder / f"{name}.json"
         self._lock = FileLock(self._file)
 
     @property
@@ -88,7 +90,7 @@ class OneWriter:
             if self._file.exists() and self._file.stat().st_ino == number:
                 break
             self._lock.release()  # of a file that the one before had just removed
-        command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+        command = re.sub(r"\bhf_\w+", "hf_…", shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]))  # a token of the Hub
         about = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time(), "command": command[:300]}
         write_text(self._about, json.dumps(about))
 

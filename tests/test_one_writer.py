@@ -73,16 +73,24 @@ def test_of_several_processes_the_first_stands_for_all(tmp_path, monkeypatch):
         monkeypatch.setenv("RANK", "1")
         with OneWriter(tmp_path):
             pass
-        assert list(tmp_path.glob(".*"))
+        assert list(tmp_path.glob("_writer.*"))
+
+
+def test_a_token_of_the_command_is_not_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["samoe", "train", "run.yaml", "--hub_token", "hf_Secret9"])
+    with OneWriter(tmp_path):
+        assert json.loads((tmp_path / "_writer.json").read_text())["command"] == (
+            "samoe train run.yaml --hub_token hf_…"
+        )
 
 
 def test_a_lock_that_workers_of_a_killed_process_hold_is_waited_for(tmp_path):
-    process = subprocess.Popen([sys.executable, "-c", WORKER, str(tmp_path / ".lock")], stdout=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, "-c", WORKER, str(tmp_path / "_writer.lock")], stdout=subprocess.PIPE)
     assert process.stdout is not None and process.stdout.readline() == b"held\n"
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     about = {"pid": gone.pid, "host": socket.gethostname(), "since": time.time(), "command": shlex.join(["samoe"])}
-    (tmp_path / ".writer.json").write_text(json.dumps(about))
+    (tmp_path / "_writer.json").write_text(json.dumps(about))
     start = time.monotonic()
     with OneWriter(tmp_path):
         assert time.monotonic() - start > 0.3

@@ -179,7 +179,7 @@ def test_what_cannot_be_written_is_not_said_to_be_done(samoe, copy_of, monkeypat
     monkeypatch.setattr(SamoeModel, "save_pretrained", Mock(side_effect=OSError(errno.ENOSPC, "No space left")))
     samoe("domains", "rename", copy_of, "a", "c", "--in-place", fails=True)
     assert "is now" not in capfd.readouterr().out
-    (copy_of / ".lock").mkdir()
+    (copy_of / "_writer.lock").mkdir()
     assert samoe("domains", "rename", copy_of, "a", "c", "--in-place", fails=True).startswith("error: MODEL ")
 
 
