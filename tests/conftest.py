@@ -1,5 +1,6 @@
 """Fixtures that several folders share. Slow imports are in functions, since the controller of xdist needs none."""
 
+import atexit
 import copy
 import gc
 import json
@@ -31,14 +32,10 @@ def pytest_collection(session) -> None:
 def pytest_collection_finish() -> None:
     """The garbage collector need not look at what is imported, nor pytest at each of PyTorch's 86 loggers."""
     gc.freeze()
+    atexit.register(gc.unfreeze)  # libraries that count what is left at the end find nothing
     for name in [*logging.root.manager.loggerDict]:
         if name.startswith("torch."):
             logging.getLogger(name).propagate = True  # through the root, where pytest listens
-
-
-def pytest_sessionfinish() -> None:
-    """Libraries that count what is left at the end find nothing."""
-    gc.unfreeze()
 
 
 @pytest.hookimpl(optionalhook=True)
