@@ -1,6 +1,7 @@
 """Which parameters of a model are trained: sets of them by name."""
 
 import re
+from collections.abc import Callable
 
 from .adapters import is_adapter_parameter, plain_name
 from .base_model import SamoePreTrainedModel
@@ -30,17 +31,17 @@ def set_trainable(model: SamoePreTrainedModel, *sets: str) -> None:
     """Makes exactly the parameters of the named sets trainable; see [`~modeling_samoe.SamoeModel.set_trainable`]."""
     names = {name for chosen in sets for name in parameter_names(model, chosen)}
     check_can_be_trained(model, names)
-    _train(model, names)
+    _train(model, names.__contains__)
 
 
 def train_experts(model: SamoePreTrainedModel) -> None:
     """Makes experts and routers alone trainable; a model may have none, such as one whose last domain was removed."""
-    _train(model, {name for name, _ in model.named_parameters() if is_expert_parameter(plain_name(name))})
+    _train(model, lambda name: is_expert_parameter(plain_name(name)))
 
 
-def _train(model: SamoePreTrainedModel, names: set[str]) -> None:
+def _train(model: SamoePreTrainedModel, is_trained: Callable[[str], bool]) -> None:
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in names)
+        parameter.requires_grad_(is_trained(name))
     # Routers that were frozen may have experts that sleep.
     model.may_have_sleeping_experts = True
 

@@ -69,6 +69,7 @@ def hub(model_folder, tmp_path_factory):
         use_hub(server, patch, folder / "cache")
         SamoeModel.from_pretrained(model_folder).push_to_hub("base")
         model = SamoeModel.from_pretrained("tester/base")
+        server.base = copy.deepcopy(model)
         change_experts(model)
         push_with_code(model, "tester/experts", experts_only=True)
         push_with_code(model, "tester/full")
@@ -87,7 +88,8 @@ def server(hub):
 
 @pytest.fixture
 def base(server):
-    return SamoeModel.from_pretrained("tester/base")
+    """The model that `tester/base` holds, as it was loaded from there."""
+    return copy.deepcopy(server.base)
 
 
 @pytest.fixture(scope="module")
