@@ -81,6 +81,11 @@ class MemoryBank:
         else:
             self.tracked[frame_idx] = memory
 
+    def forget_before(self, frame_idx: int) -> None:
+        """Drops memories of tracked frames before a frame."""
+        self.tracked = {t: memory for t, memory in self.tracked.items() if t >= frame_idx}
+        self.anchors = {t: memory for t, memory in self.anchors.items() if t >= frame_idx}
+
     def copy(self) -> "MemoryBank":
         """A bank with the same memories, which may be written to alone."""
         copied = MemoryBank()

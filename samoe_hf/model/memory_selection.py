@@ -90,8 +90,7 @@ def _by_score(bank: MemoryBank, frame_idx: int, limits: MemoryLimits, step: int)
 def _distractor(bank: MemoryBank, frame_idx: int, limits: MemoryLimits, step: int) -> MemorySelection:
     """All prompted frames stay; the closest frames that show a double join them, up to four in all."""
     prompted = closest_frames(frame_idx, list(bank.conditioning), limits.max_cond_frames)
-    anchors = [t for t in bank.anchors if t != frame_idx - step and t not in bank.conditioning]
-    anchors.sort(key=lambda t: abs(t - frame_idx))
+    anchors = _before(frame_idx - step, (t for t in bank.anchors if t not in bank.conditioning), step)
     selected = prompted + anchors[: max(MAX_ANCHORS - len(prompted), 0)]
     room = max(limits.num_maskmem - len(selected), limits.num_maskmem - MAX_ANCHORS, 1)
     seen = [t for t in _before(frame_idx, bank.tracked, step) if t not in selected and _is_seen(bank, t)]

@@ -312,7 +312,8 @@ class SamoeModel(SamoePreTrainedModel):
         show_progress_bar: bool = False,
     ) -> Iterator[Sam2VideoSegmentationOutput]:
         """Tracks each object as if it were alone: onward from its first prompt, then back from it to the start. An
-        empty mask says where it is not, and is no first prompt.
+        empty mask says where it is not, and is no first prompt. What an earlier call has found of an object before its
+        first prompt is not read onward.
 
         `propagate_in_video_iterator` starts all objects on one frame instead, as `sam2` does. So it would track an
         object before its first prompt from its own future, and read these guesses later.

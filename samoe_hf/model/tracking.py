@@ -284,6 +284,9 @@ def propagate_from_prompts(
     banks = {one.object_id: (one.state.bank.conditioning, one.state.showing) for one in objects}
     starts = {i: min(frames.keys() & showing or frames) for i, (frames, showing) in banks.items()}
     is_whole = start_frame_idx is None
+    if is_whole or not reverse:
+        for one in objects:  # what an earlier pass back has found there
+            one.state.bank.forget_before(starts[one.object_id])
     if is_whole:
         passes = [(t, False) for t in range(min(starts.values()), end)]
         passes += [(t, True) for t in range(max(starts.values()) - 1, -1, -1)]

@@ -57,6 +57,6 @@ def track_by_hand(
             loaded.processor.add_inputs_to_inference_session(session, step.frame_idx, step.object_id, **step.inputs())
             keep(loaded.model(inference_session=session, frame_idx=step.frame_idx))
         else:
-            for output in loaded.model.propagate_in_video_iterator(session, start_frame_idx=step[0], reverse=step[1]):
+            for output in loaded.model.propagate_from_prompts_iterator(session, *step):
                 keep(output)
     return np.stack([maps[t] for t in range(len(frames))])

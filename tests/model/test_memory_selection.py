@@ -111,6 +111,12 @@ class TestDistractor:
         conditioning = [t for t, index in select_memories("distractor", some, 60, LIMITS).spatial if index == 6]
         assert conditioning == [0, 47, 31, 18]
 
+    def test_those_that_time_has_yet_to_pass_are_not_read(self):
+        some = bank([0, 59], range(1, 59), SEEN, **{f"t{t}": DOUBLE for t in (11, 18, 31, 47)})
+        for reverse, expected in ((False, [0, 59, 18, 11]), (True, [0, 59, 31, 47])):
+            selection = select_memories("distractor", some, 20, LIMITS, reverse=reverse)
+            assert [t for t, index in selection.spatial if index == 6] == expected
+
     @pytest.mark.parametrize("change", [{"iou": 0.8}, {"area": 60}, {"area": 130}, {"area": 0}, {"box_iou": 0.71}])
     def test_other_frames_do_not(self, change):
         assert not bank([0], range(1, 20), SEEN, t15=DOUBLE._replace(**change)).anchors

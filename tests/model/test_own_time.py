@@ -161,6 +161,17 @@ def test_an_object_is_as_it_was_until_it_leaves_and_then_nothing(small, late, al
     assert all((alone[0][t] == -1024).all() for t in range(end, NUM_FRAMES))
 
 
+@pytest.mark.parametrize("direction", [(), (6,)], ids=["whole", "onward"])
+@pytest.mark.parametrize("selection", ["recent", "score", "distractor"])
+def test_what_was_tracked_before_a_first_prompt_is_not_read_onward(small, frames, selection, direction):
+    prompts = [VideoPrompt(1, 5, mask=square(9, 30)), VideoPrompt(2, 3, mask=square(25, 8))]
+    session = session_of(small, frames, prompts, memory_selection=selection)
+    first = [output.pred_masks for output in small.propagate_from_prompts_iterator(session)]
+    again = [output.pred_masks for output in small.propagate_from_prompts_iterator(session, *direction)]
+    pairs = zip(first, again, strict=True) if not direction else zip(first[3:], again, strict=False)
+    assert all(torch.equal(one, other) for one, other in pairs)
+
+
 def test_an_end_drops_what_was_tracked_and_can_be_moved_and_taken_back(small, frames):
     prompts = [VideoPrompt(1, 1, mask=square(9, 30)), VideoPrompt(2, 2, mask=square(25, 8))]
     session = session_of(small, frames[:7], prompts)
