@@ -278,8 +278,8 @@ class TrackingSession:
     def click(self, object_id: int, frame: int, x: float, y: float, positive: bool = True) -> np.ndarray:
         """Adds a point on a frame and segments it; gives the frame's new map of ids, (H, W) uint8.
 
-        All points and the box of an object on a frame count together. More prompts than the limits allow are an
-        InputError. Positions are in pixels of the video.
+        All points and the box of an object on a frame count together. More prompts than the limits allow, and those
+        that [`~samoe_hf.inference.check_prompts`] refuses, are an InputError. Positions are in pixels of the video.
         """
         return self._segment(object_id, frame, [(x, y)], [int(positive)])
 
@@ -300,6 +300,8 @@ class TrackingSession:
             raise InputError(f"{self.limits.prompts} clicks and boxes are the most for a video.")
         old = self.prompts.get((object_id, frame), VideoPrompt(object_id, frame))
         prompt = VideoPrompt(object_id, frame, [*old.points, *points], [*old.labels, *labels], box or old.box)
+        others = [one for one in self.prompts.values() if one.object_id == object_id and not one.end and one != old]
+        check_prompts([*others, prompt], self.num_frames, self.masks.size)
         with self._undoable(frame):
             prompt.add_to(self._tracking, self.loaded.processor)
             self.prompts[object_id, frame] = prompt

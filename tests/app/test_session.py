@@ -151,6 +151,17 @@ def test_where_to_look_is_marked_until_it_was_corrected(session):
     assert (draw_timeline(session, 3) != draw_timeline(session, 4)).any()
 
 
+def test_only_what_a_project_may_hold_is_taken(session):
+    """Or a project that was saved could not be opened again, nor could another object be ended."""
+    object_id = session.add_object()
+    before = state_of(session)
+    _, width = session.masks.size
+    for x, positive, message in ((30, False, "must have a positive point"), (width, True, "lies outside")):
+        with pytest.raises(ValueError, match=message):
+            session.click(object_id, 2, x, 30, positive=positive)
+        assert state_of(session) == before and not session.can_undo
+
+
 def test_an_object_leaves_or_stays_after_all(session):
     for x in (30, 70):
         session.click(session.add_object(), 2, x, 30)
