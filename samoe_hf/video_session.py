@@ -23,6 +23,7 @@ from samoe_hf.model.prompts import SessionPrompt
 from samoe_hf.model.session import SessionObject, check_prompt
 
 KEPT_FRAMES = 32
+CHOICES = {"memory_selection": MEMORY_SELECTIONS, "unknown": UNKNOWN}
 
 
 class VideoSession(Sam2VideoInferenceSession):
@@ -47,7 +48,8 @@ class VideoSession(Sam2VideoInferenceSession):
         domain: whose experts a model with domains runs: a domain's name, None for the base model, or "auto" for what
             the gate decides on the frame that is segmented first. It can be set anew at any time.
         unknown: what the video gets if the gate finds that it is of no known domain: "base", "nearest" or "mix", see
-            [`SamoeConfig`], or None for what the model's configuration says.
+            [`SamoeConfig`], or None for what the model's configuration says. It can be set anew at any time,
+            and so can `memory_selection`.
         domain_interval: for videos whose look changes on the way: the gate decides anew after so many frames.
         memory_selection: which memories a frame reads: "recent", "score" or "distractor" (see `memory_selection.py`),
             or None for the model's own. Those of frames that may be read however long ago they were are kept longer.
@@ -73,12 +75,6 @@ class VideoSession(Sam2VideoInferenceSession):
             raise InputError("`frames` and `processor` must be given together, or neither where frames are streamed.")
         if domain_interval is not None and domain_interval < 1:
             raise InputError(f"`domain_interval` must be at least 1 frame or None, got {domain_interval}.")
-        if memory_selection not in (None, *MEMORY_SELECTIONS):
-            names = ", ".join(map(repr, MEMORY_SELECTIONS))
-            raise InputError(f"`memory_selection` must be one of {names} or None, got {memory_selection!r}.")
-        if unknown not in (None, *UNKNOWN):
-            names = ", ".join(map(repr, UNKNOWN))
-            raise InputError(f"`unknown` must be one of {names} or None, got {unknown!r}.")
         if frames is not None:
             if not len(frames):
                 raise InputError("`frames` is empty.")
@@ -91,6 +87,12 @@ class VideoSession(Sam2VideoInferenceSession):
         self.domain, self.unknown, self.domain_interval = domain, unknown, domain_interval
         self.memory_selection = memory_selection
         self.domain_decision: SessionDecision | None = None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Sets an attribute; an `InputError` if `memory_selection` or `unknown` is none that there is."""
+        if (known := CHOICES.get(name)) and value not in (None, *known):
+            raise InputError(f"`{name}` must be one of {', '.join(map(repr, known))} or None, got {value!r}.")
+        super().__setattr__(name, value)
 
     def add_new_frame(self, pixel_values: Tensor, frame_idx: int | None = None) -> int:
         """Adds a frame of a stream, by default behind the last one, and returns its index."""

@@ -210,8 +210,12 @@ def test_routers_are_counted_where_an_object_reads_something(clip):
 
 
 def test_an_unknown_selection_is_refused_by_name():
-    with pytest.raises(InputError, match="`memory_selection` must be one of 'recent', 'score', 'distractor' or None"):
-        VideoSession(memory_selection="best")
+    for choose in (
+        lambda: VideoSession(memory_selection="best"),
+        lambda: setattr(VideoSession(), "memory_selection", "best"),
+    ):
+        with pytest.raises(InputError, match="`memory_selection` must be one of 'recent', 'score', 'distractor' or"):
+            choose()
     with pytest.raises(InputError, match="`memory_selection` must be one of recent, score, distractor, got 'best'"):
         SamoeConfig(memory_selection="best")
 
