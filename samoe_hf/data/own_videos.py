@@ -396,7 +396,8 @@ def _try(
 
 
 def _show(pattern: str, matched: list[dict[str, str]]) -> str:
-    """One of `PATTERNS` with the words that the files have; what tells the video becomes `{video}`."""
+    """One of `PATTERNS` with the words that the files have, `*` where these differ; what tells the video becomes
+    `{video}`."""
     folders = re.findall(r"\*\*/", pattern)
     filled = [i for i in range(len(folders)) if any(names[f"folders{i}"] for names in matched)]
     always = [i for i in filled if all(names[f"folders{i}"] for names in matched)]
@@ -404,7 +405,8 @@ def _show(pattern: str, matched: list[dict[str, str]]) -> str:
         is_video = "{video}" not in pattern and filled[-1:] == [i] and i in always
         pattern = pattern.replace("**/", "{video}/" if is_video else "{folders}" if i in filled else "", 1)
     for token in GUESSED_TOKENS:
-        pattern = pattern.replace(token, matched[0].get(token.strip("{}"), ""))
+        words = {names.get(token.strip("{}"), "") for names in matched}
+        pattern = pattern.replace(token, words.pop() if len(words) == 1 else "*")
     return pattern.replace("{folders}", "**/")
 
 

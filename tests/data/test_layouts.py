@@ -45,6 +45,8 @@ def check_videos(videos) -> None:
 def test_own_videos_are_read_without_naming_a_kind(layout, tmp_path, caplog):
     """What the log says of their layout can be given as it is."""
     root = LAYOUTS[layout](tmp_path / "my_videos")
+    for path in list(root.rglob("*.mp4"))[:1]:  # suffixes may differ
+        path.rename(path.with_suffix(".mov"))
     videos = load_videos(str(root))
     check_videos(videos)
     assert videos[0].domain == "my_videos" and "my_videos: 2 videos, frames in" in caplog.text
