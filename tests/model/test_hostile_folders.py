@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from helpers.hostile_files import BYTES, damage_json, outcomes_in_a_process
 from helpers.reference import ROOT, change_config
 from samoe_hf import SamoeModel
+from samoe_hf.model.adapters import check_adapter_name
 from samoe_hf.surgery.domains import rename_domain
 
 
@@ -230,10 +231,12 @@ def test_an_index_without_a_map_or_metadata_is_refused(folder, content, missing)
 # Adapters
 
 
-@pytest.mark.parametrize("name", ["../mine", "/etc", "_mine", "a/b", "checkpoint-1", ""])
-def test_names_of_adapters_that_climb_are_refused(folder, name):
-    change_config(folder, adapters={name: True})
-    with pytest.raises(ValueError, match=f"as a folder's name, .*got '{name}'"):
+def test_names_of_adapters_that_climb_are_refused(folder):
+    for name in ("/etc", "_mine", "a/b", "checkpoint-1", ""):
+        with pytest.raises(ValueError, match=f"as a folder's name, .*got '{name}'"):
+            check_adapter_name(name)
+    change_config(folder, adapters={"../mine": True})
+    with pytest.raises(ValueError, match=r"as a folder's name, .*got '\.\./mine'"):
         SamoeModel.from_pretrained(folder)
 
 
