@@ -151,8 +151,9 @@ def _before(frame_idx: int, frames: Iterable[int], step: int) -> list[int]:
 
 
 def _score(bank: MemoryBank, frame_idx: int) -> float:
+    """1 for a frame that was tracked while no memory was chosen by its score."""
     evidence = bank[frame_idx].evidence
-    return 0.0 if evidence is None else evidence.score
+    return 1.0 if evidence is None else evidence.score
 
 
 def _is_seen(bank: MemoryBank, frame_idx: int) -> bool:

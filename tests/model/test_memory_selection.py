@@ -93,6 +93,9 @@ class TestScore:
         selection = select_memories("score", bank([0], [1, 2], SEEN), 9, LIMITS)
         assert selection.spatial == ((0, 6), (1, 2), (2, 1))
 
+    def test_frames_that_were_tracked_by_another_choice_are_read(self):
+        assert frames(select_memories("score", bank([0], range(1, 9)), 9, LIMITS))[0] == [0, 3, 4, 5, 6, 7, 8]
+
     def test_backward_it_begins_at_the_end(self):
         some = bank([9], range(1, 9), SEEN, reverse=True)
         assert frames(select_memories("score", some, 0, LIMITS, reverse=True))[0] == [9, 6, 5, 4, 3, 2, 1]
