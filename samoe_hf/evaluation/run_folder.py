@@ -12,6 +12,10 @@ from samoe_hf.one_writer import OneWriter
 from samoe_hf.whole_files import write_text
 
 LONG = 300  # characters in which two values are shown
+# What the commands have options for, by its name in a run's identity.
+OPTIONS = {
+    f"config.{key}": f"--{key.replace('_', '-')}" for key in ("dtype", "image_size", "memory_selection", "unknown")
+}
 
 
 class RunFolder(ABC):
@@ -52,8 +56,12 @@ class RunFolder(ABC):
             earlier = dict(json.loads(path.read_text()))
         except (ValueError, TypeError) as error:
             raise InputError(f"{path} does not say what was done ({error}). {advice}") from error
-        if found := differences(earlier, self.identity):
-            raise InputError(f"{self.folder} holds the results of another run: {'; '.join(found.values())}. {advice}")
+        found = differences(earlier, self.identity)
+        # What else differs of the configuration comes of these.
+        options = [found[name].replace(name, option) for name, option in OPTIONS.items() if name in found]
+        follows = ("config.", "model.dtype", "model.memory_selection") if options else ()
+        if words := options + [words for name, words in found.items() if not name.startswith(follows)]:
+            raise InputError(f"{self.folder} holds the results of another run: {'; '.join(words)}. {advice}")
 
     @staticmethod
     def inside(folder: Path, name: str) -> Path:

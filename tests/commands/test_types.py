@@ -64,14 +64,19 @@ def test_what_was_tracked_in_half_precision_is_nearly_what_it_is_in_float32(samo
 
 
 @pytest.mark.parametrize("command", ["label", "evaluate"])
-def test_a_folder_of_another_type_or_selection_is_refused_and_compiled_or_not_is_the_same(
+def test_a_folder_of_another_type_selection_or_size_is_refused_by_the_option_and_compiled_or_not_is_the_same(
     samoe, words, compiled, command
 ):
     samoe(*words(command), "--dtype", "auto")
     samoe(*words(command), "--dtype", "float32", "--compile")
-    assert "`model.dtype` is 'float32', not 'bfloat16'" in samoe(*words(command), *HALF, fails=True)
-    said = samoe(*words(command), "--memory-selection", "distractor", fails=True)
-    assert "`model.memory_selection` is 'recent', not 'distractor'" in said
+    for option, value, differs in (
+        ("--dtype", "bfloat16", "'float32', not 'bfloat16'"),
+        ("--memory-selection", "distractor", "'recent', not 'distractor'"),
+        ("--image-size", "96", "128, not 96"),
+        ("--unknown", "mix", "'base', not 'mix'"),
+    ):
+        said = samoe(*words(command), option, value, fails=True)
+        assert f"holds the results of another run: `{option}` is {differs}" in said and "config." not in said
 
 
 def test_auto_is_float32_on_a_cpu_and_a_conversion_keeps_the_type(samoe, model_folder, tmp_path):
