@@ -3,7 +3,8 @@
 import argparse
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -188,6 +189,19 @@ def can_be_scored(video: Video) -> bool:
     return video.first_visible not in (None, *video.annotated_frames[-1:])
 
 
+@contextmanager
+def setting_errors() -> Iterator[None]:
+    """Around what transformers makes of settings: those that do not go together, or that this machine or what is
+    installed cannot have, become an [`InputError`] of the same message."""
+    try:
+        yield
+    except (ValueError, ImportError, RuntimeError) as error:
+        is_of_settings = not isinstance(error, RuntimeError) or "to be installed" in str(error)
+        if isinstance(error, InputError) or not is_of_settings:
+            raise
+        raise InputError(f"Training settings cannot be used: {error}") from error
+
+
 @dataclass
 class SamoeTrainingArguments(TrainingKeys, TrainingArguments):
     """`TrainingArguments`, with what is trained at which learning rate."""
@@ -207,7 +221,8 @@ class SamoeTrainingArguments(TrainingKeys, TrainingArguments):
             self.ddp_find_unused_parameters = True
         if not torch.accelerator.is_available():
             self.dataloader_pin_memory = False  # there is nothing to copy to, and PyTorch warns
-        super().__post_init__()
+        with setting_errors():
+            super().__post_init__()
         accelerator = self.accelerator_config
         assert isinstance(accelerator, AcceleratorConfig)
         if accelerator.dispatch_batches is None:

@@ -58,7 +58,7 @@ from samoe_hf.model.weights_store import StoredTensors
 from samoe_hf.one_writer import OneWriter
 from samoe_hf.whole_files import whole_file, write_text
 
-from .arguments import SamoeTrainingArguments, parse_run
+from .arguments import SamoeTrainingArguments, parse_run, setting_errors
 from .checkpoints import (
     ANOTHER_RUN,
     check_output_dir,
@@ -327,15 +327,28 @@ class SamoeTrainer(Trainer):
                     groups[sets.get(parameter, "adapters"), name in decaying].append(parameter)
             if not groups:
                 raise InputError(f"`trainable` is {list(self.args.trainable)}, which leaves nothing to train.")
-            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            with setting_errors():
+                optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             rates = {"adapters": self.args.learning_rate, **self.learning_rates}
             decays = {True: self.args.weight_decay, False: 0.0}
             groups = [
                 {"params": found, "lr": rates[chosen], "weight_decay": decays[decayed], "set": chosen}
                 for (chosen, decayed), found in groups.items()
             ]
-            self.optimizer = optimizer_class(groups, **options)
+            with setting_errors():
+                self.optimizer = optimizer_class(groups, **options)
         return self.optimizer
+
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        """As in the base class; settings that it lacks or that do not fit are an InputError."""
+        with setting_errors():
+            return super().create_scheduler(*args, **kwargs)
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        try:
+            return super()._determine_best_metric(metrics, trial)
+        except KeyError as error:
+            raise InputError(error.args[0]) from error
 
     def evaluate(
         self,
@@ -591,15 +604,18 @@ def build_trainer(
     source = model_arguments.model_name_or_path
     # The same processor prepares the clips and evaluates.
     processor = build_processor(model.config) if source is None else load_processor(source, model)
-    trainer = SamoeTrainer(
-        model,
-        training_arguments,
-        recipe,
-        segmentation_loss,
-        processing_class=processor,
-        domain=model_arguments.domain,
-        train_dataset=data_arguments.train_dataset(processor, training_arguments.seed, spares),
-        eval_dataset=data_arguments.eval_videos() or None,
-    )
+    train_dataset = data_arguments.train_dataset(processor, training_arguments.seed, spares)
+    eval_dataset = data_arguments.eval_videos() or None
+    with setting_errors():
+        trainer = SamoeTrainer(
+            model,
+            training_arguments,
+            recipe,
+            segmentation_loss,
+            processing_class=processor,
+            domain=model_arguments.domain,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+        )
     trainer.kept_aside, trainer.spared = data_arguments.kept_aside, data_arguments.spared
     return trainer

@@ -1,5 +1,7 @@
 """Arguments of runs: what is refused, and what stands for what."""
 
+import sys
+
 import pytest
 
 from helpers.clips import numbered_video
@@ -54,6 +56,26 @@ def test_bad_options_of_train_and_adapt(run, tmp_path, options, message):
         with pytest.raises(SystemExit) as error:
             run_command(command, arguments)
         assert message in str(error.value.code)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--report_to", "wandb"], "WandbCallback requires wandb to be installed"),
+        (["--eval_strategy", "steps"], "you didn't pass an `eval_dataset`"),
+        (["--load_best_model_at_end", "true", "--eval_strategy", "epoch", "--save_strategy", "steps"], "to match"),
+        (["--optim", "galore_adamw"], "install `galore_torch`"),
+        (["--adam_beta1", "2"], "Invalid beta parameter"),
+        (["--lr_scheduler_type", "cosine_with_min_lr"], "min_lr or min_lr_rate should be set"),
+    ],
+)
+def test_settings_that_transformers_refuses_are_told_in_a_line(tmp_path, monkeypatch, options, message):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    data = "{kind: synthetic, num_videos: 1, num_frames: 2, image_size: [32, 32]}"
+    run = ["smoke", "--train_data", data, "--eval_data", "none", "--num_frames", "2", "--max_steps", "1"]
+    with pytest.raises(SystemExit) as error:
+        run_command("train", [*run, "--output_dir", str(tmp_path / "out"), *options])
+    assert message in str(error.value.code) and "Training settings cannot be used" in str(error.value.code)
 
 
 def test_only_videos_that_can_be_scored_are_kept_aside():
