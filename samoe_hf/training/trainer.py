@@ -172,7 +172,8 @@ class SamoeTrainer(Trainer):
         if args.compile_parts:
             model.compile_for_tracking()
         # Trainer is not given the processor, since it aligns special tokens of each processor's tokenizer.
-        super().__init__(wrapped, args, ClipCollator(keep_domain=True), train_dataset, **kwargs)
+        with setting_errors():
+            super().__init__(wrapped, args, ClipCollator(keep_domain=True), train_dataset, **kwargs)
         if self.is_fsdp_enabled:
             model.wake_experts()  # whole, before they are sharded
         self.training_logs = TrainingLogs()
@@ -604,18 +605,15 @@ def build_trainer(
     source = model_arguments.model_name_or_path
     # The same processor prepares the clips and evaluates.
     processor = build_processor(model.config) if source is None else load_processor(source, model)
-    train_dataset = data_arguments.train_dataset(processor, training_arguments.seed, spares)
-    eval_dataset = data_arguments.eval_videos() or None
-    with setting_errors():
-        trainer = SamoeTrainer(
-            model,
-            training_arguments,
-            recipe,
-            segmentation_loss,
-            processing_class=processor,
-            domain=model_arguments.domain,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-        )
+    trainer = SamoeTrainer(
+        model,
+        training_arguments,
+        recipe,
+        segmentation_loss,
+        processing_class=processor,
+        domain=model_arguments.domain,
+        train_dataset=data_arguments.train_dataset(processor, training_arguments.seed, spares),
+        eval_dataset=data_arguments.eval_videos() or None,
+    )
     trainer.kept_aside, trainer.spared = data_arguments.kept_aside, data_arguments.spared
     return trainer
