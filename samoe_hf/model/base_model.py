@@ -75,7 +75,7 @@ class Origin:
         quantized: names of layers whose weights are quantized.
         commit: of the Hub repository that the model was loaded from; that of its base is in `source`.
         image_size: that of the configuration there; the model may take another.
-        fingerprints: of the full base model under a quantized one, by the names that were left out.
+        fingerprints: of the full base model under a quantized one, by the names that were left out and the type.
     """
 
     source: dict[str, str | None] | None = None
@@ -83,7 +83,7 @@ class Origin:
     quantized: frozenset[str] = frozenset()
     commit: str | None = None
     image_size: int | None = None
-    fingerprints: dict[frozenset[str], str] = field(default_factory=dict)
+    fingerprints: dict[tuple[frozenset[str], torch.dtype], str] = field(default_factory=dict)
 
 
 class SamoePreTrainedModel(Sam2VideoModel):

@@ -68,19 +68,20 @@ def base_fingerprint(
     is_cast = len({tensor.dtype for tensor in own.values() if tensor.is_floating_point()}) > 1
     if model.origin.source is None or not (is_quantized or is_cast):
         return hash_tensors(own.items(), dtype)
-    known, key = model.origin.fingerprints, frozenset(saved)
-    if key not in known:
-        base = _load_base(type(model), model.config, model.origin.source, {"dtype": dtype})
-        full = _base_tensors(base.state_dict(), saved)
-        if not is_quantized:
-            changed = [name for name, x in own.items() if not torch.equal(x.cpu(), full[name].to(x.dtype))]
-            if changed:
-                raise InputError(
-                    f"{changed[0]!r} is not the base model's, whose tensors `experts_only` leaves out; make it "
-                    "trainable, or save the model as a whole."
-                )
-        known[key] = hash_tensors(full.items(), dtype)
-    return known[key]
+    known, key = model.origin.fingerprints, (frozenset(saved), dtype)
+    if is_quantized and key in known:
+        return known[key]
+    base = _load_base(type(model), model.config, model.origin.source, {"dtype": dtype})
+    full = _base_tensors(base.state_dict(), saved)
+    if is_quantized:
+        return known.setdefault(key, hash_tensors(full.items(), dtype))
+    changed = [name for name, x in own.items() if not torch.equal(x.cpu(), full[name].to(x.dtype))]
+    if changed:
+        raise InputError(
+            f"{changed[0]!r} is not the base model's, whose tensors `experts_only` leaves out; make it trainable, or "
+            "save the model as a whole."
+        )
+    return hash_tensors(full.items(), dtype)
 
 
 def _base_tensors(state_dict: Mapping[str, Tensor], saved: set[str]) -> dict[str, Tensor]:
