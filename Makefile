@@ -5,8 +5,8 @@ VENV ?= .venv
 TORCH ?=
 BIN := $(VENV)/bin
 TORCH_BACKEND := $(if $(TORCH),--torch-backend=$(TORCH))
-# One thread for each of pytest's processes; more would fight over the cores.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+# One thread for each of pytest's processes; more would fight over the cores. Text files without an encoding are errors.
+PYTEST := OMP_NUM_THREADS=1 PYTHONWARNDEFAULTENCODING=1 $(BIN)/python -m pytest
 # Packages are compiled once, here. Else each process that imports them first compiles 5,000 files, which takes 13 s.
 export UV_COMPILE_BYTECODE := 1
 

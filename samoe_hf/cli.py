@@ -1,6 +1,7 @@
 """`samoe COMMAND …`: the table of commands, and the one place where a user's mistake becomes a line of text."""
 
 import argparse
+import io
 import logging
 import sys
 from collections.abc import Sequence
@@ -29,6 +30,9 @@ COMMANDS = {
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs `samoe COMMAND ARGUMENTS`; `sys.argv` if no arguments are given."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # "?" for letters that a terminal does not have
     arguments = expand_home(list(sys.argv[1:] if arguments is None else arguments))
     if arguments[:1] == ["help"]:
         arguments = [*arguments[1:2], "--help"]

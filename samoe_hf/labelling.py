@@ -285,7 +285,7 @@ class LabelRun(RunFolder):
         if not path.is_file():
             return False
         try:
-            entry = dict(json.loads(path.read_text()))
+            entry = dict(json.loads(path.read_text(encoding="utf-8")))
         except (ValueError, TypeError):
             print(f"{video.key} is labelled anew: {path} is damaged.")
             return False
@@ -451,7 +451,7 @@ def label_videos(
         shutil.rmtree(run.folder / UNFINISHED, ignore_errors=True)
         seconds = time.perf_counter() - start
         finished = [video for video in videos if video.key not in failed]
-        entries = {video.key: json.loads(run.finished_path(video).read_text()) for video in finished}
+        entries = {video.key: json.loads(run.finished_path(video).read_text(encoding="utf-8")) for video in finished}
         summary = {
             "videos": entries,
             "failed": failed,

@@ -98,7 +98,7 @@ class OneWriter:
         """What the other process says of itself; it may just begin, or end."""
         for _ in range(20):
             try:
-                return json.loads(self._about.read_text())
+                return json.loads(self._about.read_text(encoding="utf-8"))
             except (OSError, ValueError):
                 time.sleep(0.05)
         return {}

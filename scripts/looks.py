@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     heading = ["videos", "corrected frames", "J&F before", "of the list", "even", "list over even"]
     tables.append(format_table(heading, corrections, markdown=True))
     parsed.output.mkdir(parents=True, exist_ok=True)
-    (parsed.output / "looks.md").write_text("\n\n".join(tables) + "\n")
+    (parsed.output / "looks.md").write_text("\n\n".join(tables) + "\n", encoding="utf-8")
     print("\n\n".join(tables))
 
 

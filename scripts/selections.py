@@ -121,12 +121,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for kind in (*SYNTHETIC_KINDS, EASY):
         own = [synthetic(kind, parsed.videos, parsed.frames, seed) for seed in parsed.seeds]
         run = parsed.output / f"{kind}.yaml"
-        run.write_text(yaml.safe_dump({"eval_data": [{"kind": "synthetic", **one} for one in own]}))
+        run.write_text(yaml.safe_dump({"eval_data": [{"kind": "synthetic", **one} for one in own]}), encoding="utf-8")
         rows += rows_of(kind, evaluate(parsed.model, kind, str(run), parsed.output))
     for folder in parsed.dataset:
         rows += rows_of(Path(folder).name, evaluate(parsed.model, Path(folder).name, folder, parsed.output))
     header = ["videos", "selection", *(cell for title in METRICS.values() for cell in (title, "over recent"))]
-    (parsed.output / "selections.md").write_text(format_table(header, rows, markdown=True) + "\n")
+    (parsed.output / "selections.md").write_text(format_table(header, rows, markdown=True) + "\n", encoding="utf-8")
     model = SamoeModel.from_pretrained(parsed.model).eval()
     for kind in ("double", "occlusion", "return", "late"):
         for video in SyntheticVideos(**synthetic(kind, parsed.videos, parsed.frames, parsed.seeds[0])):

@@ -299,7 +299,7 @@ class ExpertUsage:
         with updated_folder(folder) as temporary:
             for name, table in tables.items():
                 table.to_csv(temporary / name, index=False)
-            (temporary / "statistics.json").write_text(to_json(report) + "\n")
+            (temporary / "statistics.json").write_text(to_json(report) + "\n", encoding="utf-8")
             for name, figure in figures.items():
                 plain_text(figure.savefig)(temporary / name, dpi=120)
         return [Path(folder) / name for name in (*tables, "statistics.json", *figures)]

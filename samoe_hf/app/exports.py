@@ -96,7 +96,7 @@ def _write_coco(session: TrackingSession, path: Path) -> None:
         "categories": [{"id": 1, "name": "object"}],
         "annotations": annotations,
     }
-    path.write_text(json.dumps(document))
+    path.write_text(json.dumps(document), encoding="utf-8")
 
 
 export_masks = _export("masks.zip", _write_masks)

@@ -113,13 +113,13 @@ class Learning:
             self.output.parent.mkdir(parents=True, exist_ok=True)
             write_text(self._beside(".yaml"), yaml.safe_dump(self.run(), sort_keys=False))
             given = ["--domain", self.domain, "--dataset", str(self._beside(".yaml")), "--output", str(self.output)]
-            with self._beside(".log").open("w") as log:
+            with self._beside(".log").open("w", encoding="utf-8") as log:
                 self._process = subprocess.Popen(
                     [sys.executable, "-m", "samoe_hf", "adapt", self.loaded.source, *given, *again],
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=subprocess.STDOUT,
-                    env=os.environ | {"TOKENIZERS_PARALLELISM": "false"},
+                    env=os.environ | {"TOKENIZERS_PARALLELISM": "false", "PYTHONIOENCODING": "utf-8"},
                 )
 
     def stop(self) -> None:
@@ -166,7 +166,7 @@ class Learning:
         """What was logged until the last checkpoint: (step, value) of "loss", and of "J&F" from 0 to 1."""
         for checkpoint in list_checkpoints(self.output) if self.output.is_dir() else []:
             try:
-                history = json.loads((checkpoint / TRAINER_STATE_NAME).read_text())["log_history"]
+                history = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["log_history"]
             except (OSError, ValueError):  # it is being written; the one before is whole
                 continue
             keys = {"loss": "loss", "J&F": "eval_J&F"}
@@ -177,7 +177,7 @@ class Learning:
         """J&F of the collected videos before and after, from 0 to 1, once it is done."""
         if self.state != "done":
             return None
-        results = json.loads((self.output / RESULTS_FILE).read_text())
+        results = json.loads((self.output / RESULTS_FILE).read_text(encoding="utf-8"))
         return results["before"]["eval_J&F"], results["after"]["eval_J&F"]
 
     @property
@@ -195,7 +195,7 @@ class Learning:
 
     def problem(self) -> str:
         """The last line of what a failed run has printed."""
-        printed = self._beside(".log").read_text(errors="replace").strip()
+        printed = self._beside(".log").read_text(errors="replace", encoding="utf-8").strip()
         text = printed.rpartition("\n")[2] or "the process ended without a word"
         return hide_paths(hide_paths(text, self.data.parent), self.output.parent)
 

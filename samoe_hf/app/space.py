@@ -43,12 +43,12 @@ def write_space(folder: Path, model: str | None = None, wheel: Path | None = Non
     }
     with new_folder(folder) as target:
         named = MODEL_FOLDER if is_folder else model
-        app = (FILES / "app.py.txt").read_text().format(model=named and json.dumps(named))
+        app = (FILES / "app.py.txt").read_text(encoding="utf-8").format(model=named and json.dumps(named))
         (target / "app.py").write_text(app, encoding="utf-8")
         readme = (FILES / "README.md").read_text(encoding="utf-8").format(**about)
         (target / "README.md").write_text(readme, encoding="utf-8")
         source = f"samoe_hf[app]=={__version__}" if wheel is None else f"./{wheel.name}[app]"
-        (target / "requirements.txt").write_text(f"{source}\n")
+        (target / "requirements.txt").write_text(f"{source}\n", encoding="utf-8")
         if wheel is not None:
             shutil.copy(wheel, target / wheel.name)
         if model is not None and is_folder:

@@ -61,6 +61,9 @@ class Video:
     classes: Mapping[int, str] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
+        for name in (self.video_id, *self.frames.names):
+            if not name.isascii() and name != name.encode(errors="replace").decode():
+                raise SampleError(f"{name!a}: names of videos and frames must be UTF-8; this one is not, so rename it")
         frames = self.annotations.frames
         if frames and not 0 <= frames[0] <= frames[-1] < len(self.frames):
             raise SampleError(f"{self.video_id}: annotations up to frame {frames[-1]}, but {len(self.frames)} frames")

@@ -53,7 +53,7 @@ class RunFolder(ABC):
         path = self.folder / "run.json"
         advice = "Choose another `--output`, or replace the results with `--overwrite`."
         try:
-            earlier = dict(json.loads(path.read_text()))
+            earlier = dict(json.loads(path.read_text(encoding="utf-8")))
         except (ValueError, TypeError) as error:
             raise InputError(f"{path} does not say what was done ({error}). {advice}") from error
         found = differences(earlier, self.identity)

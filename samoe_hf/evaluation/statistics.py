@@ -28,7 +28,9 @@ NUM_HIGHLIGHTS = 2  # best and worst objects that are shown
 def seen_and_unseen(meta: str | Path, train_meta: str | Path) -> dict[tuple[str, int], str]:
     """YouTube-VOS' groups, of its two `meta.json`: (video id, object id) -> "seen", in training, or "unseen"."""
     try:
-        videos, train_videos = (json.loads(Path(path).read_text())["videos"] for path in (meta, train_meta))
+        videos, train_videos = (
+            json.loads(Path(path).read_text(encoding="utf-8"))["videos"] for path in (meta, train_meta)
+        )
         categories = {o["category"] for video in train_videos.values() for o in video["objects"].values()}
         return {
             (video_id, int(object_id)): "seen" if about["category"] in categories else "unseen"
@@ -265,7 +267,7 @@ def read_results(path: str | Path) -> dict[str, Any]:
     """Reads a `results.json`, or that of a folder."""
     path = Path(path) / "results.json" if Path(path).is_dir() else Path(path)
     try:
-        results = json.loads(path.read_text())
+        results = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise InputError(f"{path} is not JSON: {error}") from error
     if not isinstance(results, dict) or "models" not in results:

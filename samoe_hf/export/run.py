@@ -71,7 +71,7 @@ class Tracker:
     def __init__(self, folder: str | Path, **options: Any):
         import onnxruntime
 
-        description = json.loads((Path(folder) / "model.json").read_text())
+        description = json.loads((Path(folder) / "model.json").read_text(encoding="utf-8"))
         self.image, self.rules, self.parts = description["image"], description["rules"], {}
         for name, part in description["parts"].items():
             self.parts[name] = onnxruntime.InferenceSession(Path(folder) / part["file"], **options)

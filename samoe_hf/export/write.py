@@ -84,7 +84,7 @@ def export_model(
     with new_folder(directory) as folder, use_domain(None if domain == BASE_ALONE else domain, model):
         for name in tqdm(SIGNATURES, desc="export", unit="part", disable=not show_progress_bar):
             write_part(model, SIGNATURES[name], folder / description["parts"][name]["file"])
-        (folder / "model.json").write_text(json.dumps(description, indent=1))
+        (folder / "model.json").write_text(json.dumps(description, indent=1), encoding="utf-8")
         if format == "onnx":
             shutil.copy(Path(__file__).with_name("run.py"), folder)
 

@@ -75,7 +75,7 @@ def push(
             )
         if revision is not None and not revision.startswith("refs/pr"):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        base = json.loads((Path(folder) / CONFIG_NAME).read_text())["base_model"] or loaded
+        base = json.loads((Path(folder) / CONFIG_NAME).read_text(encoding="utf-8"))["base_model"] or loaded
         if card is not None or not api.file_exists(repo_id, "README.md", revision=revision):
             content = CardContent(**{"tags": tags, **(card or {})})
             write_model_card(model, folder, repo_id, content, base=base, experts_only=experts_only)

@@ -85,7 +85,7 @@ def _weight_files(source: str | os.PathLike, hub: Mapping[str, Any], variant: st
         fetch_file(source, name, hub)  # says so where that is not known
         raise OSError(f"{source} has no {name}; other formats than safetensors are not read.")
     try:
-        content = json.loads(Path(index).read_text())
+        content = json.loads(Path(index).read_text(encoding="utf-8"))
         shards, metadata = set(content["weight_map"].values()), content.get("metadata")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{source}: {index_name} has no `weight_map` from tensors to files ({error!r}).") from error

@@ -69,7 +69,7 @@ def updated_folder(folder: str | os.PathLike) -> Iterator[Path]:
         yield temporary
         files = sorted(file.relative_to(temporary).as_posix() for file in temporary.rglob("*") if file.is_file())
         if files:
-            (temporary / _FILES).write_text(json.dumps(files))
+            (temporary / _FILES).write_text(json.dumps(files), encoding="utf-8")
             sync(temporary, below=True)
             with _locked(target):
                 _finish(target)
@@ -114,7 +114,7 @@ def _finish(target: Path) -> None:
         return
     # Where the folder is not locked, another process may move them as well, and have finished when this one goes on.
     with suppress(FileNotFoundError), WeakFileLock(saved / _LOCK):
-        names = json.loads((saved / _FILES).read_text())
+        names = json.loads((saved / _FILES).read_text(encoding="utf-8"))
         if (saved / CONFIG_NAME).exists():
             (target / CONFIG_NAME).unlink(missing_ok=True)
         if any(map(_WEIGHTS.fullmatch, names)):

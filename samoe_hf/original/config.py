@@ -71,7 +71,9 @@ def _read_fields(described: dict[str, Any]) -> dict[str, Any]:
     return fields
 
 
-ORIGINAL: Section = _read_fields(yaml.safe_load(Path(__file__).with_name("architecture.yaml").read_text()))["model"]
+ORIGINAL: Section = _read_fields(
+    yaml.safe_load(Path(__file__).with_name("architecture.yaml").read_text(encoding="utf-8"))
+)["model"]
 # Meta's largest file has 4 kB in 7 levels.
 MAX_BYTES, MAX_DEPTH = 100_000, 32
 # The memory attention's two attentions: name here -> section of the YAML.

@@ -59,7 +59,7 @@ def checkpoint_problems(checkpoint: str | Path, args: SamoeTrainingArguments) ->
     if not (args.fsdp or args.deepspeed):  # whose sharded optimizers have formats of their own
         needed.append(OPTIMIZER_NAME)
     if _is_readable(folder / CONFIG_NAME):
-        config = json.loads((folder / CONFIG_NAME).read_text())
+        config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
         needed += [f"{name}/{ADAPTER_SAFE_WEIGHTS_NAME}" for name in config.get("adapters") or []]
         needed += [domain_file(domain["name"]) for domain in config.get("domains") or [] if domain["num_experts"]]
     index = folder / SAFE_WEIGHTS_INDEX_NAME
@@ -73,7 +73,7 @@ def _is_readable(path: Path) -> bool:
     """Whether a JSON, safetensors or `torch.save` file is there as a whole."""
     try:
         if path.suffix == ".json":
-            json.loads(path.read_text())
+            json.loads(path.read_text(encoding="utf-8"))
         elif path.suffix == ".safetensors":
             with safe_open(path, framework="pt"):
                 pass

@@ -99,13 +99,13 @@ def _evenly(values: Any, count: int) -> list[Any]:
 
 def check_goes_on(checkpoint: Path, now: dict[str, Any]) -> list[str]:
     """Refuses a checkpoint of another run; returns sentences about one that is made longer."""
-    steps = json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
+    steps = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
     unit, done = ("max_steps", steps["global_step"]) if now["max_steps"] > 0 else ("num_train_epochs", steps["epoch"])
     if math.ceil(now[unit]) < done:
         raise InputError(f"`{unit}` is {now[unit]}, but {checkpoint} was trained for {done} already.")
     if not (checkpoint / FILE).is_file():
         return []
-    then = json.loads((checkpoint / FILE).read_text())
+    then = json.loads((checkpoint / FILE).read_text(encoding="utf-8"))
     found = differences(then, now)
     found.pop("model_name_or_path", None)  # the same model may lie elsewhere now
     if "model" in found:

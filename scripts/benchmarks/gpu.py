@@ -315,7 +315,7 @@ class Bench:
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 raise RuntimeError(f"`{' '.join(command)}` failed:\n{done.stderr[-3000:]}")
-            state = json.loads(Path(folder, "run", "checkpoint-3", "trainer_state.json").read_text())
+            state = json.loads(Path(folder, "run", "checkpoint-3", "trainer_state.json").read_text(encoding="utf-8"))
         return [entry["loss"] for entry in state["log_history"] if "loss" in entry]
 
 
@@ -338,7 +338,7 @@ def run_tasks(tasks: Sequence[Task], machine: str, output: Path, deadline: float
             bar.set_postfix_str(task.name)
             path = output / "parts" / f"{task.name.replace(' ', '-')}.json"
             if path.is_file():
-                document = json.loads(path.read_text())
+                document = json.loads(path.read_text(encoding="utf-8"))
                 if document["machine"] != machine:
                     raise ValueError(f"{path} is of {document['machine']!r}, and this is {machine!r}.")
                 run.results[task.name] = document["result"]
@@ -371,7 +371,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     tasks = bench.tasks(with_sam2=find_spec("sam2") is not None)
     run = run_tasks(tasks, machine, parsed.output, time.monotonic() + 60 * parsed.minutes)
     path = write_gpu_report(run, parsed.output)
-    print(f"{path.read_text()}\nWritten: {len(run.results)} results and {path}")
+    print(f"{path.read_text(encoding='utf-8')}\nWritten: {len(run.results)} results and {path}")
     if run.missing:
         print(f"No time was left for {len(run.missing)} of the tasks. Run it again to go on.")
     for name, text in run.failures.items():

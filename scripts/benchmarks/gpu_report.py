@@ -61,7 +61,7 @@ def _tracking(results: Mapping[str, Any], folder: Path) -> str:
         for model, by in found.items()
         for contender, fps in by.items()
     ]
-    published = yaml.safe_load(PUBLISHED.read_text())
+    published = yaml.safe_load(PUBLISHED.read_text(encoding="utf-8"))
     lines = [
         f"- {' '.join(str(x[key]) for key in ('name', 'model') if key in x)}, objects: {x['objects']}, {x['gpu']}: "
         f"{x['fps']} ({x['source']})"

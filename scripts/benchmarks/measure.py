@@ -148,7 +148,7 @@ def trace_events(profiler: profile) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder, "trace.json")
         profiler.export_chrome_trace(str(trace))
-        return json.loads(trace.read_text())["traceEvents"]
+        return json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
 
 
 def memory_changes(events: Sequence[Mapping[str, Any]]) -> list[tuple[float, int]]:
@@ -225,8 +225,10 @@ def write_results(
     """Prints the tables, and writes `name`.md, .json and .png into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     machine = describe_machine(device)
-    (folder / f"{name}.md").write_text(f"# {title}\n\n{machine}\n\n{tables}\n\n![{title}]({name}.png)\n")
+    (folder / f"{name}.md").write_text(
+        f"# {title}\n\n{machine}\n\n{tables}\n\n![{title}]({name}.png)\n", encoding="utf-8"
+    )
     document = {"machine": machine, "measurements": [asdict(m) for m in measurements]}
-    (folder / f"{name}.json").write_text(json.dumps(document, indent=1))
+    (folder / f"{name}.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
     plot(measurements, folder / f"{name}.png", title, machine)
     print(f"{title}\n{machine}\n\n{tables}\n\nWritten: {name}.md, .json and .png in {folder}")

@@ -244,7 +244,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         cells = [[row.what, f"{row.bytes / 1e6:.2f}"] for row in rows]
         parts.append(f"## {title}\n\n{format_table(['what', 'MB'], cells, markdown=True)}")
     text = "\n\n".join(parts)
-    (parsed.output / "memory.md").write_text(f"{text}\n")
+    (parsed.output / "memory.md").write_text(f"{text}\n", encoding="utf-8")
     print(f"{text}\n\nWritten: memory.md and memory.png in {parsed.output}")
 
 

@@ -111,7 +111,7 @@ def sam2_of(model: SamoeModel, compiled: bool = False) -> nn.Module:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "sam2.yaml")
         write_yaml(model.config, [], path)
-        config = OmegaConf.create(yaml.safe_load(path.read_text())["model"])
+        config = OmegaConf.create(yaml.safe_load(path.read_text(encoding="utf-8"))["model"])
     predictor = "SAM2VideoPredictorVOS" if compiled else "SAM2VideoPredictor"
     config._target_ = f"sam2.sam2_video_predictor.{predictor}"
     if compiled:

@@ -176,7 +176,7 @@ def draw(output: Path) -> None:
     figure = Figure(figsize=(3.25 * len(found), 3.9), layout="constrained")
     for axes, part in zip(figure.subplots(1, len(found), squeeze=False)[0], found, strict=True):
         title, label, lines = panels[part]
-        rows = means(part, json.loads((output / f"{part}.json").read_text())["rows"])
+        rows = means(part, json.loads((output / f"{part}.json").read_text(encoding="utf-8"))["rows"])
         rows = [row for row in rows if isinstance(row[TABLES[part][0]], int)]  # not those that differ
         for number, (name, key, scale) in enumerate(lines):
             style, values = ("o-", "s--", "^:", "v:")[number], [scale * row[key] for row in rows]
@@ -227,8 +227,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     for part in only:
         rows = measures[part]()
-        (output / f"{part}.json").write_text(json.dumps({"rows": rows}, indent=1))
-        (output / f"{part}.md").write_text(table(part, rows))
+        (output / f"{part}.json").write_text(json.dumps({"rows": rows}, indent=1), encoding="utf-8")
+        (output / f"{part}.md").write_text(table(part, rows), encoding="utf-8")
         print(f"{part}\n\n{table(part, rows)}")
         if part == "ranks":
             draw_ranks(rows, output / "ranks.png")

@@ -35,7 +35,7 @@ def learn_rank(look: str, rank: int, folder: Path, steps: int, num_videos: int) 
         run = {"train_data": [{**videos, "image_size": [size, size]}], "eval_fraction": 0, "max_steps": steps}
         run |= {"warmup_steps": steps // 10, **TRAINING, **SMALL_MODEL_EXPERTS, **expert}
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{target.name}.yaml").write_text(yaml.safe_dump(run))
+        (folder / f"{target.name}.yaml").write_text(yaml.safe_dump(run), encoding="utf-8")
         adapt(small_base(), look, [str(folder / f"{target.name}.yaml")], target, like=None)
     return target
 

@@ -33,7 +33,7 @@ def learn(looks: Sequence[str], folder: Path, steps: int, num_videos: int, seed:
             run = {"train_data": [{**videos, "image_size": [size, size]}], "eval_fraction": 0, "max_steps": steps}
             run |= {"warmup_steps": steps // 10, **TRAINING, **SMALL_MODEL_EXPERTS, "seed": seed}
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / f"{look}.yaml").write_text(yaml.safe_dump(run))
+            (folder / f"{look}.yaml").write_text(yaml.safe_dump(run), encoding="utf-8")
             print(adapt(source, look, [str(folder / f"{look}.yaml")], folder / look, like=None).describe())
         source = folder / look
     return Path(source)

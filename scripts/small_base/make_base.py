@@ -76,8 +76,8 @@ def save_rounded(model: SamoeModel, folder: Path) -> None:
     """Saves weights in bfloat16, with a configuration that has them loaded in float32."""
     model.to(torch.bfloat16).save_pretrained(folder, processor=build_processor(model.config))
     path = folder / "config.json"
-    config = json.loads(path.read_text())
-    path.write_text(json.dumps({**config, "dtype": "float32"}, indent=2) + "\n")
+    config = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**config, "dtype": "float32"}, indent=2) + "\n", encoding="utf-8")
 
 
 def score_looks(model: SamoeModel, dataset: str | None) -> list[EvalResult]:
@@ -109,8 +109,10 @@ def write_card(model: SamoeModel, folder: Path, results: list[EvalResult], runs:
     )
     model.origin.source = None  # it started from random weights
     write_model_card(model, folder, NAME, content)
-    card = (folder / "README.md").read_text().replace(f'"{NAME}"', "small_base()")
-    (folder / "README.md").write_text(card.replace("import SamoeModel\n", "import SamoeModel, small_base\n"))
+    card = (folder / "README.md").read_text(encoding="utf-8").replace(f'"{NAME}"', "small_base()")
+    (folder / "README.md").write_text(
+        card.replace("import SamoeModel\n", "import SamoeModel, small_base\n"), encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ def run(parsed: argparse.Namespace) -> None:
         plan = replace(plan, orders=[plan.orders[number] for number in parsed.orders])
     print(f"{plan.base.name}, then {', '.join(plan.orders[0])}; seeds {plan.seeds}")
     Study(plan, parsed.output, parsed.device, parsed.methods).run()
-    print((parsed.output / "report.md").read_text())
+    print((parsed.output / "report.md").read_text(encoding="utf-8"))
     print(f"Written: report.md, results.json and pictures in {parsed.output}")
 
 

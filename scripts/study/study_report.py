@@ -72,7 +72,7 @@ def read_results(folder: Path) -> dict[str, Any]:
     """
     path = folder / RESULTS_FILE
     try:
-        results = json.loads(path.read_text())
+        results = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"{path} is no JSON: {error}.") from error
     if not isinstance(results, dict) or not all(isinstance(results.get(name), dict) for name in ("study", "units")):
@@ -158,7 +158,7 @@ def _stages(folder: Path, num_stages: int) -> list[dict[str, Any]]:
 
 
 def _read(path: Path) -> Any:
-    return json.loads(path.read_text()) if path.is_file() else None
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def _read_by_seed(folder: Path, name: str) -> dict[str, Any]:

@@ -107,7 +107,7 @@ def test_a_space_starts_in_a_fresh_environment(tmp_path):
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen([python, "app.py"], cwd=tmp_path / "space", env=environment, stdout=log, stderr=log)
     try:
-        url, until = f"http://127.0.0.1:{port}", time.monotonic() + 180
+        url, until = f"http://127.0.0.1:{port}", time.monotonic() + 600
         while not answers(url):
             assert process.poll() is None and time.monotonic() < until, (tmp_path / "log").read_text()
             time.sleep(0.5)

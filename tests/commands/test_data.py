@@ -1,11 +1,17 @@
 """`samoe data check`: what a dataset holds, and what is likely a mistake."""
 
+import io
+import os
+import sys
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from helpers.own_videos import SIZE, save, save_ids, truth, write, write_objects
+from samoe_hf import load_videos
 from samoe_hf.cli import main
+from samoe_hf.errors import InputError
 
 
 def check(folder, *options):
@@ -22,6 +28,24 @@ def test_it_lists_videos_and_draws_them(tmp_path, capsys):
     assert np.asarray(Image.open(sheet)).std() > 10
     check(root, "--video", "cat")
     assert "dog" not in capsys.readouterr().out
+
+
+def test_a_terminal_without_some_letters_shows_question_marks(tmp_path, monkeypatch):
+    root = write(tmp_path / "mine", "{v}/frames/{t}.jpg", "{v}/masks/{t}.png")
+    (root / "cat").rename(root / "kätzchen-猫")
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), "iso-8859-1", write_through=True))
+    check(root)
+    assert "\nkätzchen-? " in sys.stdout.buffer.getvalue().decode("iso-8859-1")
+
+
+def test_names_that_are_no_utf8_are_refused(tmp_path):
+    """As those of archives that another system has packed."""
+    root = write(tmp_path / "mine", "{v}/frames/{t}.jpg", "{v}/masks/{t}.png")
+    os.rename(root / "cat", os.fsencode(root / "k") + b"\xe4tzchen")
+    with pytest.raises(SystemExit):
+        check(root)
+    with pytest.raises(InputError, match=r"k\\udce4tzchen.*UTF-8"):
+        load_videos(root)[1]
 
 
 def test_likely_mistakes_are_told(tmp_path, capsys):

@@ -120,6 +120,6 @@ def write_yolo(videos: Sequence[Video], folder: Path) -> None:
             for kind, own in lines.items():
                 path = _beside(place / names[t], kind)
                 path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text("".join(f"{line}\n" for line in own))
+                path.write_text("".join(f"{line}\n" for line in own), encoding="utf-8")
     content = {"train": "images", "val": "images", "names": dict(enumerate(classes))}
     (folder / "data.yaml").write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
