@@ -19,7 +19,7 @@ from .errors import InputError
 from .expert_layer import EXPERT_TENSORS
 from .weights_files import fetch_file
 from .weights_io import DOMAINS
-from .weights_store import LateFile
+from .weights_store import LateFile, ReadFile, StoredTensors
 
 _TENSORS = "|".join(map(re.escape, EXPERT_TENSORS))
 _OF_DOMAIN = re.compile(rf".+\.{PREFIX}([\w-]+)\.({_TENSORS})", re.ASCII)
@@ -67,18 +67,30 @@ def find_domain_files(
     for name, file in files.items():
         if file not in paths:
             fetch_file(source, file, hub)  # says so where that is not known
-            raise OSError(
-                f"{source} has no {file}; expected the experts of the domain {name!r} there, "
-                "not in model.safetensors, where early versions wrote them."
-            )
+            raise OSError(f"{source} has no {file}; expected the experts of the domain {name!r} there.")
     return {name: paths[file] for name, file in files.items()}
 
 
 def open_domain_files(
-    source: str | os.PathLike, hub: Mapping[str, Any], domains: Sequence[Mapping[str, Any]], variant: str | None = None
+    source: str | os.PathLike,
+    hub: Mapping[str, Any],
+    domains: Sequence[Mapping[str, Any]],
+    stored: StoredTensors,
+    variant: str | None = None,
 ) -> dict[str, LateFile]:
-    """[`find_domain_files`], opened; InputError if one is no safetensors file."""
-    return {name: LateFile(path) for name, path in find_domain_files(source, hub, domains, variant).items()}
+    """[`find_domain_files`], opened; InputError if one is no safetensors file.
+
+    Folders of early versions have the experts of domains among the model's other tensors, `stored`: they are taken from
+    there, and its `headers` are without them then.
+    """
+    early: dict[str, dict[str, Tensor]] = {domain["name"]: {} for domain in domains if domain["num_experts"]}
+    for name in [*stored.headers]:
+        if (domain := domain_of_tensor(name)) in early:
+            early[domain][name] = stored.read(name)
+            del stored.headers[name]
+    late = [domain for domain in domains if not early.get(domain["name"])]
+    files: dict[str, LateFile] = {name: ReadFile(source, tensors) for name, tensors in early.items() if tensors}
+    return files | {name: LateFile(path) for name, path in find_domain_files(source, hub, late, variant).items()}
 
 
 def check_domain_sizes(model: Any, files: Mapping[str, LateFile], domains: Sequence[Mapping[str, Any]]) -> None:

@@ -24,7 +24,6 @@ from .trainable import train_experts
 from .weights_check import check_values, check_weights
 from .weights_files import HUB_ARGUMENTS, open_weights, own_names, resolve_commit
 from .weights_io import unchanged_model
-from .weights_store import StoredTensors
 from .weights_trained import is_original_checkpoint, load_trained
 
 # As loud as transformers is told to be.
@@ -150,10 +149,10 @@ def _load_whole(
         if needs_renaming(base, found):  # such as SAM 3's tracker among its detector
             renamed = own_names(base, source, found)
             found = {own: stored.headers[name] for own, name in renamed.items()}
-        files = open_domain_files(source, hub, config.domains or (), variant)
+        files = open_domain_files(source, hub, config.domains or (), stored, variant)
         late = None if lenient else files
-        if lenient:
-            found = {**found, **StoredTensors(file.path for file in files.values()).headers}
+        for file in files.values() if lenient else ():
+            found = {**found, **file.headers()}
     new_layers = check_weights(source, found, config, more_experts, request.ignore_mismatched_sizes, late)
     if stored is not None and renamed:
         arguments["state_dict"] = {own: stored.read(name) for own, name in renamed.items()}

@@ -62,6 +62,10 @@ class LateFile:
             raise _damaged(path, f"it has {size} bytes, fewer than its header should have")
         self._bytes = torch.from_file(self.path, shared=False, size=size, dtype=torch.uint8)
 
+    def headers(self) -> dict[str, Tensor]:
+        """See [`StoredTensors`]."""
+        return StoredTensors([self.path]).headers
+
     def read(self, name: str) -> Tensor:
         """A tensor, on the CPU.
 
@@ -72,8 +76,11 @@ class LateFile:
             self._tensors = self._read_all()
         if name not in self._tensors:
             raise InputError(f"{self.path} has no tensor {name!r}; expected it of the experts that are described.")
-        # Whoever reads one reads the others as well, so none is kept.
-        return _finite(self.path, name, self._tensors.pop(name).clone())
+        return _finite(self.path, name, self._taken(name).clone())
+
+    def _taken(self, name: str) -> Tensor:
+        """A tensor of those that were read. Whoever reads one reads the others as well, so none is kept."""
+        return self._tensors.pop(name)
 
     def _read_all(self) -> dict[str, Tensor]:
         changed = f"{self.path} was changed after the model was loaded from it; load the model again."
@@ -94,6 +101,23 @@ class LateFile:
         except FileNotFoundError:
             return False
         return stamp[0] == self._stamp[0] and stamp != self._stamp
+
+
+class ReadFile(LateFile):
+    """Tensors that were read already, in the place of a file that is read late; `path` is where they are from."""
+
+    def __init__(self, path: str | os.PathLike, tensors: dict[str, Tensor]):
+        self.path, self._tensors = str(path), tensors
+        self.data_bytes = sum(tensor.nbytes for tensor in tensors.values())
+
+    def headers(self) -> dict[str, Tensor]:
+        return {name: tensor.to("meta") for name, tensor in self._tensors.items()}
+
+    def _read_all(self) -> dict[str, Tensor]:
+        return self._tensors
+
+    def _taken(self, name: str) -> Tensor:
+        return self._tensors[name]
 
 
 def _header(shape: tuple[int, ...], dtype: str) -> Tensor:

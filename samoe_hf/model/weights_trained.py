@@ -176,10 +176,12 @@ def load_trained(
         )
     saved = SamoeConfig.from_pretrained(source, **hub).dtype  # that of `config` may be what is asked for
     dtype = _wanted_type(arguments.get("dtype", arguments.get("torch_dtype")), config.dtype, saved)
-    files = open_domain_files(source, hub, config.domains or ())
     assert name is not None
-    stored = StoredTensors([_weights_on(name, source, hub), *(file.path for file in files.values() if more_experts)])
+    stored = StoredTensors([_weights_on(name, source, hub)])
+    files = open_domain_files(source, hub, config.domains or (), stored)
     found = stored.headers
+    for file in files.values() if more_experts else ():
+        found = {**found, **file.headers()}
     fetch = {key: value for key, value in hub.items() if key not in ("revision", "subfolder")}
     # First in the type that it was saved in, which the fingerprint is of. `adapter_kwargs` are AutoModel's, with the
     # revision of `source`.
