@@ -34,7 +34,7 @@ from samoe_hf.data.video_io import read_video
 from samoe_hf.errors import InputError, input_errors
 from samoe_hf.evaluation.run_folder import RunFolder
 from samoe_hf.evaluation.simulated_user import prompt_from_mask
-from samoe_hf.inference import TrackedFrame, VideoPrompt, evaluation_mode, masks_of, tracking_steps
+from samoe_hf.inference import TrackedFrame, VideoPrompt, check_prompts, evaluation_mode, masks_of, tracking_steps
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.processing_samoe import VideoProcessor
 from samoe_hf.model.weights_io import sync
@@ -73,6 +73,17 @@ class PromptedVideo(NamedTuple):
         """A short hash of the prompts, their masks, and the video's frames, which are read for it."""
         with input_errors(self.video_id):
             return fingerprint(self.about())
+
+    def read(self) -> tuple[Video, list[VideoPrompt]]:
+        """The video and its prompts; an `InputError` names it where they do not fit, or one of both cannot be read."""
+        with input_errors(self.video_id):
+            video = self.open()
+            prompts = self.prompts(video)
+        try:
+            check_prompts(prompts, len(video), video.size)
+        except InputError as error:
+            raise InputError(f"{self.video_id}: {error}") from error
+        return video, prompts
 
 
 @dataclass(frozen=True)
@@ -326,9 +337,7 @@ class LabelRun(RunFolder):
             last = tracked._replace(logits=tracked.logits.float().cpu())
             writer(_write_frame, files, video, prompts, last, table)
 
-        with input_errors(prompted.video_id):
-            video = prompted.open()
-            prompts = prompted.prompts(video)
+        video, prompts = prompted.read()
         try:
             steps = tracking_steps(together.model, processor, together.read_ahead(video.frames), prompts)
             seconds = yield from through(steps, take)

@@ -193,6 +193,10 @@ def test_videos_may_be_added_and_prompts_mended(model_folder, clips, tmp_path):
     write_prompts(tmp_path / "p.json", [{**a, "box": [5, 5, 50, 60]}, b])
     with pytest.raises(SystemExit, match="has clips/b/a from other prompts"):
         label(model_folder, *words)
+    write_prompts(tmp_path / "p.json", [a, outside])
+    with pytest.raises(SystemExit, match=r"b: The box .* lies outside"):
+        label(model_folder, *words, "--overwrite")
+    assert finished.stat().st_mtime_ns == before and len(read_masks(tmp_path / "out")) == 4, "nothing is lost"
 
 
 def test_a_stopped_run_goes_on_and_another_is_refused(model_folder, data, tmp_path, capsys, monkeypatch):
@@ -221,7 +225,7 @@ def test_a_stopped_run_goes_on_and_another_is_refused(model_folder, data, tmp_pa
     label(model_folder, *words)
     assert first.stat().st_mtime_ns == before
     assert json.loads((tmp_path / "out" / "labels.json").read_text())["labelled_now"] == NUM_VIDEOS - 1
-    label(model_folder, "--dataset", data, "--output", tmp_path / "undisturbed")
+    label(model_folder, *words, "--output", tmp_path / "undisturbed")
     assert same(read_masks(tmp_path / "out"), read_masks(tmp_path / "undisturbed"))
     label(model_folder, *words)
     assert "all were labelled already" in capsys.readouterr().out

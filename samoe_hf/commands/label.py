@@ -80,6 +80,8 @@ def run(parsed: argparse.Namespace) -> None:
     for_tool = options.format_folder(parsed.layout, parsed.output)
     with labels.writer:
         if state.is_main_process:
+            for video in videos if parsed.overwrite and parsed.prompts else ():
+                video.read()  # while earlier labels are there
             labels.start(parsed.overwrite)
         state.wait_for_everyone()
         summary = label_videos(model, processor, videos, labels, state, videos_at_once=parsed.videos_at_once)
