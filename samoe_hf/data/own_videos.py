@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice, product
+from itertools import groupby, islice, product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -173,7 +173,7 @@ def read_folders(root: Path) -> list[Folder]:
         names[:] = sorted((n for n in names if not n.startswith((".", "__"))), key=natural_key)
         real = os.path.realpath(path)
         names[:] = [n for n in names if not f"{real}/".startswith(f"{os.path.realpath(os.path.join(path, n))}/")]
-        paths = frame_order(Path(path, name) for name in files if not name.startswith("."))
+        paths = [Path(path, name) for name in sorted(files, key=natural_key) if not name.startswith(".")]
         images, videos = (
             [path for path in paths if path.suffix.lower() in kind] for kind in (IMAGE_SUFFIXES, VIDEO_SUFFIXES)
         )
@@ -281,7 +281,9 @@ def _join(
         is_video = first.suffix.lower() in VIDEO_SUFFIXES
         if is_video and others:
             raise InputError(f"`frames`: {first} and {others[0]} are both named by {frames!r}, as one video")
-        sources[key] = Source(first if is_video else paths[key], mask_files[key])
+        by_folder = groupby(paths[key], lambda path: path.parent)  # which may hold other files
+        own = first if is_video else [path for _, files_in in by_folder for path in frame_order(files_in)]
+        sources[key] = Source(own, mask_files[key])
     left_out = {
         "left out for want of masks": [key for key in paths if key not in mask_files],
         "left out for want of frames": [key for key in mask_files if key not in paths],

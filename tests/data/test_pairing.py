@@ -150,6 +150,9 @@ def test_the_first_number_of_images_masks_may_be_told(tmp_path):
         [f"2023-05-01 12-{t // 3:02d}-{t:02d}" for t in range(9)],
         [f"cam_1305031{t // 4}02_{175304 + t}" for t in range(8)],
         [f"IMG_202305{1 + t // 3:02d}_12000{t}" for t in range(6)],
+        [f"vlcsnap-2023-05-01-12h30m{t // 4:02d}s{t % 4 * 250:03d}" for t in range(8)],
+        [f"12-30-{58 + t // 4}-{t % 4 * 250:03d}" for t in range(8)], [f"31-05-2023 12-30-0{t}" for t in range(8)],
+        [f"event_{t}" for t in range(-5, 4)], ["-1.0", "-0.75", "-0.5", "0.0", "0.25", "0.5"],
     ],
     ids=lambda times: times[0],
 )  # fmt: skip
@@ -157,6 +160,7 @@ def test_times_as_names_are_one_video_in_their_order(times, tmp_path):
     for t, name in enumerate(times):
         save_image(tmp_path / "frames" / f"{name}.jpg", np.full((*SIZE, 3), 20 * t, np.uint8))
         save_image(tmp_path / "masks" / f"{name}.png", label_map((1, t)))
+    (tmp_path / "frames/times.txt").touch()
     (video,) = load_videos(tmp_path)
     assert video.frames.names == times and video.annotated_frames == list(range(len(times)))
     assert [int(video.masks(t)[0].any(axis=0).argmax()) for t in video.annotated_frames] == list(range(len(times)))
