@@ -142,7 +142,8 @@ def natural_key(name: str) -> list[tuple[int, int | str]]:
 
 
 def frame_order(paths: Iterable[Path]) -> list[Path]:
-    """Paths in the order of their frames: natural, or by numbers where these are decimals, as of seconds, or some below 0.
+    """Paths in the order of their frames: natural, or by numbers that are decimals, as of seconds, or of which some are
+    below 0.
 
     Hashes that Label Studio puts before names, `1a2b3c4d-frame_01.jpg`, do not count.
     """

@@ -428,6 +428,7 @@ STUDIO = {
         | {"a/0.png": picture(), "b/0.png": picture()},
         "'0.png' may be",
     ),
+    "images as before their upload": (studio([brush()], pictures=()) | {"v/0.png": picture()}, {"v": [{1: 154}]}),
     "rectangle": (studio([region(RECTANGLE, kind="rectanglelabels")]), {"": [{1: 48}]}),
     "turned rectangle": (
         studio([region(RECTANGLE | {"rotation": 30}, kind="rectanglelabels")]), "of the type rectanglelabels",
