@@ -90,6 +90,17 @@ def test_folders_tell_the_video_beside_their_role(frames, masks, ids, tmp_path):
     assert videos.video_ids == ids and videos[0].annotated_frames == list(range(NUM_FRAMES))
 
 
+def test_masks_in_two_folders_are_not_frames_and_masks(tmp_path):
+    """Cell Tracking Challenge."""
+    for folder in ("SEG", "TRA"):
+        write(tmp_path, "{v}/t{t}.png", "{v}_GT/" + folder + "/man{t}.png")
+    videos = load_videos(tmp_path)
+    assert videos.video_ids == list(truth()) and videos[0].frames.names[0] == "t0"
+    with pytest.raises(SampleError, match=r"cat_GT/\w+/man0\.png: read as the mask of one object.*give a pattern of"):
+        videos[0].masks(0)
+    check_videos(load_videos(tmp_path, frames="{video}/*", masks="{video}_GT/TRA/*"))
+
+
 @pytest.mark.parametrize("where", ["{s}/{v}/frames/{t}.jpg", "frames/{s}/{v}/{t}.jpg", "{s}/frames/{v}/{t}.jpg"])
 def test_splits_are_recognized(where, tmp_path, caplog):
     for split in ("train", "val"):
