@@ -15,6 +15,7 @@ from .pairing import FRAME_WORDS, MaskFile, Source
 from .video_io import VIDEO_SUFFIXES
 
 LIST_SUFFIXES = (".csv", ".json", ".jsonl")
+MAX_NAME = 255  # characters of a file's; a list of a label tool may have shapes in place of paths
 # What a column may be called, the usual name first.
 COLUMNS = {
     "frame": "frame image frame_path image_path img img_path frames images file filename",
@@ -49,6 +50,8 @@ def read_pairs(path: Path) -> tuple[dict[str, Source], tuple[str, str]]:
         where = f"{path}, row {row_number}"
         values = {role: "" if column is None else str(row[column]).strip() for role, column in columns.items()}
         for role in ("video", "frame", "mask"):
+            if max(map(len, values[role].split("/"))) > MAX_NAME:
+                raise SampleError(f"{where}: {columns[role]} must be a path, not {values[role][:60]}…")
             if not (path.parent / values[role]).exists():
                 values[role] = values[role].replace("\\", "/")  # as Windows writes paths
         video, frame, number = values["video"], values["frame"], values["number"]

@@ -435,6 +435,7 @@ def test_wrong_patterns_are_refused(frames, masks, message, tmp_path):
         ("image,mask\n../x.jpg,x.png\n", r"pairs\.csv, row 1: '\.\./x\.jpg' is no path within"),
         ("image,maks\na,b\n", r"pairs\.csv: has image, maks; expected a CSV or JSON"),
         ("image,mask\ncat/frames/0.jpg,\n", r"pairs\.csv: no row has a mask"),
+        (f"image,label\ncat/frames/0.jpg,{'shape' * 60}\n", "row 1: label must be a path, not shapeshape[a-z]{50}…"),
     ],
 )
 def test_wrong_lists_name_the_row(text, message, tmp_path):
