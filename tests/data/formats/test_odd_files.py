@@ -346,6 +346,10 @@ LABELME = {
     "turned": (labelme([shape(SQUARE, group=1)]) | {"v/0.png": picture(SIZE, 6)}, {"v": [{1: 48}]}),
     "rectangle": (labelme([shape([10, 8, 2, 2], group=1, kind="rectangle")]), {"v": [{1: 48}]}),
     "turned rectangle": (labelme([shape(SQUARE, group=1, kind="oriented_rectangle")]), {"v": [{1: 48}]}),
+    "boxes of X-AnyLabeling": (
+        labelme([shape(SQUARE, group=1, kind="rotation")], [shape(OTHER, group=1, kind="rectangle")]),
+        {"v": [{1: 48}, {1: 40}]},
+    ),
     "circle": (labelme([shape([20, 15, 20, 7], group=1, kind="circle")]), {"v": [{1: CIRCLE}]}),
     "other size": (labelme({"shapes": [shape(SQUARE, group=1)], "imageWidth": 9}), "labelled as 30 x 9 pixels"),
     "line": (labelme([shape([2, 2, 9, 9], kind="line")]), "is a line of 2 points"),
