@@ -29,7 +29,7 @@ from samoe_hf.data.layouts import MaskFormat
 from samoe_hf.data.options import check_options
 from samoe_hf.data.own_videos import read_folders
 from samoe_hf.data.predictions import MaskFiles
-from samoe_hf.data.schema import Video, named_entries, to_datasets
+from samoe_hf.data.schema import Video, VideoList, named_entries, to_datasets
 from samoe_hf.data.video_io import read_video
 from samoe_hf.errors import InputError, input_errors
 from samoe_hf.evaluation.run_folder import RunFolder
@@ -113,14 +113,15 @@ class FilePrompt:
 def from_first_frames(*parts: Sequence[Video], kind: FirstFramePrompt = "mask") -> list[PromptedVideo]:
     """Videos whose objects are prompted on the first frame that shows each, by its mask or the box around it.
 
-    Videos without objects are left out, which is said. Those that cannot be read fail when they are labelled.
+    Videos without objects are left out, which is said. Those that cannot be read fail when they are labelled. None is
+    kept, since volumes are in RAM.
     """
     prompted, empty = [], []
     for name, open_video in named_entries(*parts):
         domain = ""
         with suppress(InputError, FileNotFoundError):  # what opens them raises it again
             video = open_video()
-            domain, name, open_video = video.domain, video.video_id, lambda video=video: video
+            domain, name = video.domain, video.video_id
             if video.first_visible is None:
                 empty.append(video.video_id)
                 continue
@@ -492,10 +493,14 @@ def _write_looks(videos: Sequence[PromptedVideo], run: LabelRun) -> int:
     return len(looks)
 
 
-def labelled_videos(run: LabelRun, videos: Sequence[PromptedVideo]) -> list[Video]:
-    """The finished videos with the masks that were written for all their frames."""
-    opened = (video.open() for video in videos)
-    return [replace(video, annotations=run.masks(video.domain).annotations(video)) for video in opened]
+def labelled_videos(run: LabelRun, videos: Sequence[PromptedVideo]) -> VideoList:
+    """The finished videos with the masks that were written for all their frames, opened when they are asked for."""
+
+    def open_labelled(_: str, prompted: PromptedVideo) -> Video:
+        video = prompted.open()
+        return replace(video, annotations=run.masks(video.domain).annotations(video))
+
+    return VideoList({video.key: video for video in videos}, open_labelled)
 
 
 def labelled_dataset(run: LabelRun, videos: Sequence[PromptedVideo]) -> datasets.Dataset:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import time
 import unicodedata
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from helpers.own_videos import save, save_videos
 from helpers.processes import ENVIRONMENT, LAUNCH
 from helpers.reference import ROOT
 from samoe_hf.cli import main
-from samoe_hf.data import load_videos, write_video
+from samoe_hf.data import VideoList, load_videos, write_video
 from samoe_hf.data.annotations import Shapes
 from samoe_hf.data.images import read_label_png
 from samoe_hf.data.synthetic import SyntheticVideos
@@ -311,6 +312,17 @@ def test_videos_without_objects_are_left_out_which_is_said(capsys):
     bare = [replace(video, annotations=Shapes({0: {}}, ids)) for ids in ([], [1])]
     assert [one.video_id for one in from_first_frames([*bare, other])] == [other.video_id]
     assert capsys.readouterr().out == f"2 videos show no object and are left out, such as {video.video_id}.\n"
+
+
+def test_videos_are_not_kept_open():
+    opened = []
+
+    def open_video(_, seed):
+        opened.append(weakref.ref(video := SyntheticVideos(1, 2, (64, 80), seed=seed)[0]))
+        return video
+
+    assert len(from_first_frames(VideoList({"a": 1, "b": 2}, open_video))) == 2 == len(opened)
+    assert [video() for video in opened] == [None, None]
 
 
 def test_damaged_videos_of_several_datasets_are_told_apart(model_folder, damaged_rows, tmp_path):
