@@ -441,18 +441,25 @@ def is_label_image(path: Path) -> bool | None:
 
 
 def _of_split(sources: dict[str, Source], split: str | None, root: Path) -> dict[str, Source]:
-    """The videos of one split, if the first part of each video's name is one; their names leave it out."""
-    firsts = sorted({key.partition("/")[0] for key in sources})
-    splits = [name for name in firsts if name.lower() in SPLITS]
-    if splits != firsts and split is None:
+    """The videos of one split, if the first folder in which their names differ, or one above, is such; they leave it
+    out."""
+    parts, depth = {key: key.split("/") for key in sources}, 0
+    folders = sorted({own[0] for own in parts.values()})
+    while not (splits := [name for name in folders if name.lower() in SPLITS]) and len(folders) == 1:
+        depth += 1
+        if min(map(len, parts.values())) == depth:
+            break
+        folders = sorted({own[depth] for own in parts.values()})
+    if split is None and splits != folders and len(splits) < 2:  # a video may be called so
         return sources
     try:
-        chosen = choose_split(firsts if split in firsts else splits, split)
+        chosen = choose_split(folders if split in folders else splits, split)
     except InputError as error:
         raise InputError(f"{root}: {error}") from error
-    if len(firsts) > 1 and split is None:
-        logger.warning("%s: the split %s is taken; others are %s", root, chosen, [n for n in firsts if n != chosen])
-    return {key.partition("/")[2]: source for key, source in sources.items() if key.partition("/")[0] == chosen}
+    if len(folders) > 1 and split is None:
+        logger.warning("%s: the split %s is taken; others are %s", root, chosen, [n for n in folders if n != chosen])
+    names = {key: "/".join(own[:depth] + own[depth + 1 :]) for key, own in parts.items() if own[depth] == chosen}
+    return {name: sources[key] for key, name in names.items()}
 
 
 def _describe_contents(root: Path, files: Iterable[Path]) -> str:

@@ -101,15 +101,21 @@ def test_masks_in_two_folders_are_not_frames_and_masks(tmp_path):
     check_videos(load_videos(tmp_path, frames="{video}/*", masks="{video}_GT/TRA/*"))
 
 
-@pytest.mark.parametrize("where", ["{s}/{v}/frames/{t}.jpg", "frames/{s}/{v}/{t}.jpg", "{s}/frames/{v}/{t}.jpg"])
+@pytest.mark.parametrize(
+    "where",
+    ["{s}/{v}/frames/{t}.jpg", "frames/{s}/{v}/{t}.jpg", "{s}/frames/{v}/{t}.jpg", "data/{s}/{v}/frames/{t}.jpg"],
+)
 def test_splits_are_recognized(where, tmp_path, caplog):
-    for split in ("train", "val"):
+    """Also in a folder that holds all, and beside a folder that is none."""
+    for split in ("train", "val", "others"):
         frame = where.replace("{s}", split)
         write(tmp_path, frame, frame.replace("frames", "masks").replace(".jpg", ".png"), only=1 + (split == "val"))
     assert len(load_videos(tmp_path)) == 1
-    assert "the split train is taken; others are ['val']" in caplog.text
+    assert "the split train is taken; others are ['others', 'val']" in caplog.text
     videos = load_videos(tmp_path, split="val")
-    assert videos.video_ids == list(truth()) and videos[1].annotated_frames == list(range(NUM_FRAMES))
+    assert [name.removeprefix("data/") for name in videos.video_ids] == list(truth()) and videos[
+        1
+    ].annotated_frames == list(range(NUM_FRAMES))
     with pytest.raises(ValueError, match=r"no split 'dev'; there are: train, val"):
         load_videos(tmp_path, split="dev")
 
