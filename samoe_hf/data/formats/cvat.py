@@ -152,7 +152,8 @@ def _images(path: Path, document: ElementTree.Element, folder: str) -> Iterable[
             for shape in own
         )
         name, size = image.attrib["name"], (int(image.attrib["height"]), int(image.attrib["width"]))
-        file = labels.find_image(name, folders, path)
+        # Of a video's frame CVAT leaves out the suffix.
+        file = labels.find_image(name if Path(name).suffix else f"{name}.PNG", folders, path)
         yield LabelledFrame(folder, file, size, objects, str(path), Path(name).with_suffix("").as_posix())
 
 

@@ -272,6 +272,9 @@ CVAT = {
         cvat(IMAGE.format(polygon(0) + polygon(0, OTHER, about='group_id="2"') + polygon(0, about='group_id="2"'))),
         {"v/0": [{1: 48, 2: 88}]},
     ),
+    "for images, of a video": (
+        cvat(IMAGE.replace("0.png", "0").format(polygon(0)), 1, names="{}.PNG"), {"v/0": [{1: 48}]},
+    ),
     "turned": (
         cvat(track(1, *ALL), more={f"v/images/{t}.png": picture(SIZE, 8) for t in range(3)}), {"v": [{1: 48}] * 3},
     ),
