@@ -7,6 +7,7 @@ import shutil
 import sys
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -114,7 +115,7 @@ def from_first_frames(*parts: Sequence[Video], kind: FirstFramePrompt = "mask") 
     """Videos whose objects are prompted on the first frame that shows each, by its mask or the box around it.
 
     Videos without objects are left out, which is said. Those that cannot be read fail when they are labelled. None is
-    kept, since volumes are in RAM.
+    kept, since volumes are in RAM. Two of one domain and id are an `InputError`.
     """
     prompted, empty = [], []
     for name, open_video in named_entries(*parts):
@@ -129,7 +130,14 @@ def from_first_frames(*parts: Sequence[Video], kind: FirstFramePrompt = "mask") 
         prompted.append(PromptedVideo(domain, name, open_video, partial(_first_prompts, kind), about))
     if empty and is_first_process():
         print(f"{len(empty)} videos show no object and are left out, such as {empty[0]}.")
+    _check_keys(prompted)
     return prompted
+
+
+def _check_keys(videos: Sequence[PromptedVideo]) -> None:
+    keys = Counter(video.key for video in videos)
+    if (most := keys.most_common(1)) and most[0][1] > 1:
+        raise InputError(f"Two videos are called {most[0][0]}.")
 
 
 def _about_first(kind: FirstFramePrompt, open_video: Callable[[], Video]) -> Any:
@@ -437,9 +445,7 @@ def label_videos(
             tqdm.write(f"{error}\nThis video is left out.", file=sys.stderr)
             return together.writer()(lambda: video)
 
-    keys = [video.key for video in videos]
-    if len(set(keys)) < len(keys):
-        raise InputError(f"Two videos are called {next(key for key in keys if keys.count(key) > 1)}.")
+    _check_keys(videos)
     with run.writer:
         run.check_same()
         own = videos[state.process_index :: state.num_processes]

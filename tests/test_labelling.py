@@ -325,6 +325,14 @@ def test_videos_are_not_kept_open():
     assert [video() for video in opened] == [None, None]
 
 
+def test_videos_of_one_name_are_refused_before_anything_is_removed(model_folder, one_video, tmp_path):
+    label(model_folder, "--dataset", one_video[0], "--output", tmp_path / "out")
+    (tmp_path / "two.yaml").write_text(json.dumps({"eval_data": [str(one_video[0])] * 2}))
+    with pytest.raises(SystemExit, match="Two videos are called data/v"):
+        label(model_folder, "--dataset", tmp_path / "two.yaml", "--output", tmp_path / "out", "--overwrite")
+    assert len(read_masks(tmp_path / "out")) == 6
+
+
 def test_damaged_videos_of_several_datasets_are_told_apart(model_folder, damaged_rows, tmp_path):
     with pytest.raises(SystemExit, match=r"2 of 4 videos .* bad 0, frame .* bad 1, frame "):
         label(model_folder, "--dataset", damaged_rows, "--output", tmp_path / "out")
