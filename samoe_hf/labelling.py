@@ -362,12 +362,7 @@ class LabelRun(RunFolder):
             writer.always(shutil.rmtree, files.folder, True)
 
     def _finish(
-        self,
-        prompted: PromptedVideo,
-        video: Video,
-        files: MaskFiles,
-        table: list[TrackRow],
-        entry: dict[str, Any],
+        self, prompted: PromptedVideo, video: Video, files: MaskFiles, table: list[TrackRow], entry: dict[str, Any]
     ) -> PromptedVideo:
         """Moves a video's masks to where they belong, and then says that it is finished."""
         num_masks, target = len(files.files(video.video_id)), self.masks(video.domain)

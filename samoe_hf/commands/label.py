@@ -97,10 +97,8 @@ def run(parsed: argparse.Namespace) -> None:
         print(describe_choices(summary["videos"]))
     print(describe_summary(summary))
     pushed = f", and the dataset {parsed.push_to_hub}" if parsed.push_to_hub else ""
-    names = ("masks", "tracks", "where_to_look.csv", "labels.json")
-    print(
-        f"Written: masks in {labels.folder / names[0]}, {', '.join(str(labels.folder / n) for n in names[1:])}{pushed}"
-    )
+    written = [str(labels.folder / name) for name in ("masks", "tracks", "where_to_look.csv", "labels.json")]
+    print(f"Written: masks in {', '.join(written)}{pushed}")
 
 
 def describe_summary(summary: Mapping[str, Any]) -> str:

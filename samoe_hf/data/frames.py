@@ -159,6 +159,5 @@ def frame_order(paths: Iterable[Path]) -> list[Path]:
         return ordered
     by_number = [path for _, path in sorted(zip(numbers, ordered, strict=True))]
     if by_number != ordered:
-        kind = "numbers, some below 0" if is_signed else "decimals, as of seconds"
-        say_once(f"{ordered[0].parent}: names such as {ordered[-1].name} are put in the order of {kind}")
+        say_once(f"{ordered[0].parent}: names such as {ordered[-1].name} are put in the order of their numbers")
     return by_number

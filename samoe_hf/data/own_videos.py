@@ -128,9 +128,8 @@ def read_files(
     for reason, names in found.left_out.items():
         if names:
             more = f", … ({len(names)})" if len(names) > MAX_NAMED else ""
-            logger.warning(
-                "%s: %s: %s%s", root, reason, ", ".join(name or root.name for name in names[:MAX_NAMED]), more
-            )
+            shown = ", ".join(name or root.name for name in names[:MAX_NAMED])
+            logger.warning("%s: %s: %s%s", root, reason, shown, more)
     sources = _of_split(found.sources, split, root)
     name = bare_name(root.resolve())
     while name in sources:  # the folder is a video, and one in it has its name
@@ -174,9 +173,7 @@ def read_folders(root: Path) -> list[Folder]:
         real = os.path.realpath(path)
         names[:] = [n for n in names if not f"{real}/".startswith(f"{os.path.realpath(os.path.join(path, n))}/")]
         paths = [Path(path, name) for name in sorted(files, key=natural_key) if not name.startswith(".")]
-        images, videos = (
-            [path for path in paths if path.suffix.lower() in kind] for kind in (IMAGE_SUFFIXES, VIDEO_SUFFIXES)
-        )
+        images, videos = ([p for p in paths if p.suffix.lower() in kind] for kind in (IMAGE_SUFFIXES, VIDEO_SUFFIXES))
         if unread := describe_unread(paths):
             say_once(f"{path} holds {unread}")
         if overlays := [video for video in videos if _is_overlay(video)]:
@@ -443,13 +440,10 @@ def is_label_image(path: Path) -> bool | None:
 def _of_split(sources: dict[str, Source], split: str | None, root: Path) -> dict[str, Source]:
     """The videos of one split, if the first folder in which their names differ, or one above, is such; they leave it
     out."""
-    parts, depth = {key: key.split("/") for key in sources}, 0
-    folders = sorted({own[0] for own in parts.values()})
-    while not (splits := [name for name in folders if name.lower() in SPLITS]) and len(folders) == 1:
-        depth += 1
-        if min(map(len, parts.values())) == depth:
-            break
-        folders = sorted({own[depth] for own in parts.values()})
+    parts = {key: key.split("/") for key in sources}
+    levels = [(depth, sorted(set(own))) for depth, own in enumerate(zip(*parts.values(), strict=False))]
+    depth, folders = next((one for one in levels if len(one[1]) > 1 or one[1][0].lower() in SPLITS), levels[0])
+    splits = [name for name in folders if name.lower() in SPLITS]
     if split is None and splits != folders and len(splits) < 2:  # a video may be called so
         return sources
     try:

@@ -73,9 +73,8 @@ def read_pairs(path: Path) -> tuple[dict[str, Source], tuple[str, str]]:
             source.masks.append(MaskFile(_existing(values["mask"], path, where), values["object"] or None, name))
     for key, source in sources.items():
         if isinstance(source.frames, list):  # a frame has a row for each object
-            source.frames = _in_order(
-                list(dict.fromkeys(source.frames)), numbers[key], f"{path}: video {key or path.stem}"
-            )
+            unlike = list(dict.fromkeys(source.frames))
+            source.frames = _in_order(unlike, numbers[key], f"{path}: video {key or path.stem}")
     if not any(source.masks for source in sources.values()):
         raise SampleError(f"{path}: no row has a mask")
     return sources, (f"column {columns['frame']}", f"column {columns['mask']}")
@@ -98,9 +97,7 @@ def _in_order(files: list[Path], numbers: Mapping[Path, float], owner: str) -> l
     ordered = frame_order(files)
     if ordered == files or len({re.sub(r"\d+", "#", file.stem) for file in files}) > 1:
         return files
-    say_once(
-        f"{owner}: its rows are put in the order of the names, {ordered[0].name} first; `frame_number` tells another"
-    )
+    say_once(f"{owner}: its rows are put in the order of names, {ordered[0].name} first; `frame_number` tells another")
     return ordered
 
 

@@ -199,9 +199,7 @@ class _Names:
         is_named = masks[0].frame_name is not None
         stems = [plain_name(str(mask.frame_name) if is_named else mask.path.stem) for mask in masks]
         if LABEL_STUDIO.match(stems[0]):
-            raise SampleError(
-                f"{masks[0].path}: Label Studio's masks name tasks instead of frames; export its JSON, which is read"
-            )
+            raise SampleError(f"{masks[0].path}: Label Studio's masks name tasks instead of frames; export its JSON")
         folders = [one_form(mask.folder or "") for mask in masks]
         told = self._choose(masks, [stems, folders] if all(folders) and not is_named else [stems])
         frames = self._frames(told, masks)
@@ -236,9 +234,7 @@ class _Names:
             ways = [way for way in ways if all(BEFORE_FRAMES.search(one.before) for one in way)] or ways
             if len(ways) > 1:
                 one, other = (way[-1].part for way in ways[:2])
-                raise SampleError(
-                    f"{masks[-1].path}: both {one!r} and {other!r} may be its frame, and the other its object; {HINT}"
-                )
+                raise SampleError(f"{masks[-1].path}: both {one!r} and {other!r} may be its frame or object; {HINT}")
             if ways:
                 return ways[0]
         named = zip((mask.path for mask in masks), parts[0], strict=True)

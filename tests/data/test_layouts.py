@@ -245,7 +245,7 @@ def test_frames_of_a_list_are_in_the_order_of_their_numbers_or_names(columns, ro
     (video,) = load_videos(path)
     assert [int(name) for name in video.frames.names] == list(expected)
     assert [video.visible(t) for t in range(12)] == [[t + 1] for t in expected]
-    assert ("rows are put in the order of the names" in caplog.text) == (columns == "frame,mask")
+    assert ("rows are put in the order of names" in caplog.text) == (columns == "frame,mask")
 
 
 def test_a_list_may_be_written_on_windows_and_one_of_other_files_is_told(tmp_path, caplog):

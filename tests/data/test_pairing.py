@@ -51,7 +51,9 @@ def test_objects_are_no_frames_however_few_frames_have_masks(name, frames, tmp_p
 def test_names_that_may_be_read_in_two_ways_are_refused_and_patterns_tell(frame, mask, tmp_path):
     write_frames(tmp_path, f"{frame}.jpg")
     write_masks(tmp_path, f"{mask}.png", (1, 2, 3), (1, 2, 3))
-    with pytest.raises(SampleError, match=r"both '\d' and '\d' may be its frame.*masks/\{video\}/\{frame\}_\{object\}"):
+    with pytest.raises(
+        SampleError, match=r"both '\d' and '\d' may be its frame or.*masks/\{video\}/\{frame\}_\{object\}"
+    ):
         read(tmp_path)
     pattern = "{video}/masks/" + mask.replace("{o}", "{object}").replace("{t}", "{frame}") + ".png"
     assert read(tmp_path, frames="{video}/frames/*", masks=pattern) == expected((1, 2, 3), (1, 2, 3))

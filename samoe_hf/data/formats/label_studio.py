@@ -72,9 +72,7 @@ def _image(task: dict[str, Any], root: Path, files: Mapping[tuple[str, ...], lis
     query = parse_qs(parsed.query)
     name = query["d"][0] if "d" in query else unquote(parsed.path)
     if PurePosixPath(name).suffix.lower() not in IMAGE_SUFFIXES:
-        raise SampleError(
-            f"task {task.get('id')} is of {urls[0]!r}, which is no image; videos have boxes there, no masks"
-        )
+        raise SampleError(f"task {task.get('id')} is of {urls[0]!r}, no image; videos have boxes there, no masks")
     parts = PurePosixPath(one_form(name)).parts
     without_hash = (*parts[:-1], re.sub(r"^[0-9a-f]{8}-(?=.)", "", parts[-1]))
     for own in (files.get(one[start:], ()) for one in (parts, without_hash) for start in range(len(parts))):

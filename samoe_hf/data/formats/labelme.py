@@ -49,9 +49,7 @@ def read_labelme(root: str | Path, split: str | None = None) -> VideoList:
             size = None
             if data.get("imageHeight") is not None:
                 size = (int(data["imageHeight"]), int(data["imageWidth"]))
-            objects = labels.grouped(
-                (str(shape["label"]), _group(shape), _part(shape, path)) for shape in data["shapes"]
-            )
+            objects = labels.grouped((str(one["label"]), _group(one), _part(one, path)) for one in data["shapes"])
             video = path.parent.relative_to(root).as_posix().removeprefix(".")
             frames.append(LabelledFrame(video, image, size, objects, str(path), Path(name).stem))
     return labels.read_frames(labels.name_objects(frames), str(root))

@@ -390,12 +390,8 @@ def percent(points, label="cat"):
 
 
 RECTANGLE = {
-    "x": 200 / WIDTH,
-    "y": 200 / HEIGHT,
-    "width": 800 / WIDTH,
-    "height": 600 / HEIGHT,
-    "rectanglelabels": ["c"],
-}
+    "x": 200 / WIDTH, "y": 200 / HEIGHT, "width": 800 / WIDTH, "height": 600 / HEIGHT, "rectanglelabels": ["c"],
+}  # fmt: skip
 ELLIPSE = {
     "x": 2000 / WIDTH, "y": 1500 / HEIGHT, "radiusX": 1000 / WIDTH, "radiusY": 600 / HEIGHT, "ellipselabels": ["c"],
 }  # fmt: skip
@@ -444,7 +440,7 @@ STUDIO = {
     "image missing": (studio([brush()], pictures=()), "there is no image '00000000-0.png'"),
     "video": (
         studio(tasks=[{"id": 1, "data": {"video": "/a/b.mp4"}, "annotations": [{"result": [brush()]}]}]),
-        "which is no image",
+        "no image; videos have boxes",
     ),
     "other size": (studio([brush(original_height=20)]), "labelled as 20 x 44 pixels"),
     "turned in the tool": (studio([brush(image_rotation=90)]), "turned by 90 degrees"),
