@@ -64,15 +64,11 @@ def read_label_studio(root: str | Path, split: str | None = None) -> VideoList:
 
 def _image(task: dict[str, Any], root: Path, files: Mapping[tuple[str, ...], list[Path]]) -> Path:
     """The file of a task's image; `files` are those of each end of a path."""
-    texts = [str(value) for value in task["data"].values() if isinstance(value, str)]
-    urls = [text for text in texts if Path(urlparse(text).path).suffix or "?d=" in text]
-    if not urls:
-        raise SampleError(f"task {task.get('id')} names no image")
-    parsed = urlparse(urls[0])
-    query = parse_qs(parsed.query)
-    name = query["d"][0] if "d" in query else unquote(parsed.path)
-    if PurePosixPath(name).suffix.lower() not in IMAGE_SUFFIXES:
-        raise SampleError(f"task {task.get('id')} is of {urls[0]!r}, no image; videos have boxes there, no masks")
+    texts = [text for text in task["data"].values() if isinstance(text, str)]
+    paths = [parse_qs(url.query).get("d", [unquote(url.path)])[0] for url in map(urlparse, texts)]
+    name = next((path for path in paths if PurePosixPath(path).suffix.lower() in IMAGE_SUFFIXES), None)
+    if name is None:
+        raise SampleError(f"task {task.get('id')} has {texts}, no image; videos have boxes there, no masks")
     parts = PurePosixPath(one_form(name)).parts
     without_hash = (*parts[:-1], re.sub(r"^[0-9a-f]{8}-(?=.)", "", parts[-1]))
     for own in (files.get(one[start:], ()) for one in (parts, without_hash) for start in range(len(parts))):

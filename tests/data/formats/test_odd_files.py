@@ -395,7 +395,7 @@ RECTANGLE = {
 ELLIPSE = {
     "x": 2000 / WIDTH, "y": 1500 / HEIGHT, "radiusX": 1000 / WIDTH, "radiusY": 600 / HEIGHT, "ellipselabels": ["c"],
 }  # fmt: skip
-TASK = {"id": 1, "data": {"image": "s3://bucket/00000000-0.png"}}
+TASK = {"id": 1, "data": {"note": "as in 1.2", "image": "s3://bucket/00000000-0.png"}}
 STUDIO = {
     "hole": (studio([brush()]), {"": [{1: 154}]}),
     "several regions": (studio([brush("cat 3"), percent(OTHER, "cat 4") | {"id": "r2"}]), {"": [{3: 154, 4: 40}]}),
