@@ -53,7 +53,7 @@ def read_coco(
         labels.check_unlike("names of videos", videos.values())
         frames: list[tuple[Any, LabelledFrame]] = []
         for image in data["images"]:
-            name = image["file_name"]
+            name = image["file_name"].replace("\\", "/")  # as Windows writes paths
             check_inside(name, path)
             parent = Path(name).parent.as_posix().removeprefix(".")
             video = videos.get(image.get("video_id"), str(image.get("video_id", parent)))

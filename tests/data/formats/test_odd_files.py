@@ -107,7 +107,8 @@ COCO = {
         coco([(0, 1, [SQUARE])], pictures=["v/0.png", "v/1.png"]), {"v": [{1: 48}, None]},
     ),
     "numbers with gaps": (
-        coco([(0, 1, [SQUARE]), (1, 1, [OTHER])], [{"frame_id": 9}, {"frame_id": 4}]), {"v": [{1: 40}, {1: 48}]},
+        coco([(0, 1, [SQUARE]), (1, 1, [OTHER])], [{"frame_id": 9}, {"frame_id": 4, "file_name": r"v\1.png"}]),
+        {"v": [{1: 40}, {1: 48}]},
     ),
     "videos by their ids": (
         coco([(0, 1, [SQUARE]), (1, 1, [OTHER])], [{"video_id": 5}, {"video_id": 6}],
