@@ -76,7 +76,7 @@ def check_all(parsed: argparse.Namespace) -> tuple[list[VideoReport], list[Video
         bar.set_description_str(f"video {number} of {len(entries)}")
         report, video = check_video(name, open_video, bar.update)
         reports.append(report)
-        if report.error is None and report.object_ids:
+        if report.error is None and report.object_ids and report.num_annotated:
             usable.append(video)
     bar.close()
     if not reports:
