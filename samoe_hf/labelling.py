@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from samoe_hf.data.annotations import Shapes, read_object_mask
 from samoe_hf.data.fingerprints import fingerprint, frames_fingerprint
-from samoe_hf.data.frames import check_inside, on_disk, one_form
+from samoe_hf.data.frames import ArrayFrames, check_inside, on_disk, one_form
 from samoe_hf.data.images import image_paths
 from samoe_hf.data.layouts import MaskFormat
 from samoe_hf.data.options import check_options
@@ -114,8 +114,8 @@ class FilePrompt:
 def from_first_frames(*parts: Sequence[Video], kind: FirstFramePrompt = "mask") -> list[PromptedVideo]:
     """Videos whose objects are prompted on the first frame that shows each, by its mask or the box around it.
 
-    Videos without objects are left out, which is said. Those that cannot be read fail when they are labelled. None is
-    kept, since volumes are in RAM. Two of one domain and id are an `InputError`.
+    Videos without objects are left out, which is said. Those that cannot be read fail when they are labelled. None that
+    is in RAM, as a volume, is kept. Two of one domain and id are an `InputError`.
     """
     prompted, empty = [], []
     for name, open_video in named_entries(*parts):
@@ -123,6 +123,8 @@ def from_first_frames(*parts: Sequence[Video], kind: FirstFramePrompt = "mask") 
         with suppress(InputError, FileNotFoundError):  # what opens them raises it again
             video = open_video()
             domain, name = video.domain, video.video_id
+            if not isinstance(video.frames, ArrayFrames) and getattr(video.frames, "paths", True):
+                open_video = partial(replace, video)  # of files, some of whose masks are known now
             if video.first_visible is None:
                 empty.append(video.video_id)
                 continue
