@@ -7,6 +7,7 @@ import shutil
 import sys
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -23,18 +24,18 @@ from tqdm import tqdm
 
 from samoe_hf.data.annotations import Shapes, read_object_mask
 from samoe_hf.data.fingerprints import fingerprint, frames_fingerprint
-from samoe_hf.data.frames import check_inside, on_disk, one_form
+from samoe_hf.data.frames import ArrayFrames, check_inside, on_disk, one_form
 from samoe_hf.data.images import image_paths
 from samoe_hf.data.layouts import MaskFormat
 from samoe_hf.data.options import check_options
 from samoe_hf.data.own_videos import read_folders
 from samoe_hf.data.predictions import MaskFiles
-from samoe_hf.data.schema import Video, named_entries, to_datasets
+from samoe_hf.data.schema import Video, VideoList, named_entries, to_datasets
 from samoe_hf.data.video_io import read_video
 from samoe_hf.errors import InputError, input_errors
 from samoe_hf.evaluation.run_folder import RunFolder
 from samoe_hf.evaluation.simulated_user import prompt_from_mask
-from samoe_hf.inference import TrackedFrame, VideoPrompt, evaluation_mode, masks_of, tracking_steps
+from samoe_hf.inference import TrackedFrame, VideoPrompt, check_prompts, evaluation_mode, masks_of, tracking_steps
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.processing_samoe import VideoProcessor
 from samoe_hf.model.weights_io import sync
@@ -74,6 +75,17 @@ class PromptedVideo(NamedTuple):
         with input_errors(self.video_id):
             return fingerprint(self.about())
 
+    def read(self) -> tuple[Video, list[VideoPrompt]]:
+        """The video and its prompts; an `InputError` names it where they do not fit, or one of both cannot be read."""
+        with input_errors(self.video_id):
+            video = self.open()
+            prompts = self.prompts(video)
+        try:
+            check_prompts(prompts, len(video), video.size)
+        except InputError as error:
+            raise InputError(f"{self.video_id}: {error}") from error
+        return video, prompts
+
 
 @dataclass(frozen=True)
 class FilePrompt:
@@ -102,14 +114,17 @@ class FilePrompt:
 def from_first_frames(*parts: Sequence[Video], kind: FirstFramePrompt = "mask") -> list[PromptedVideo]:
     """Videos whose objects are prompted on the first frame that shows each, by its mask or the box around it.
 
-    Videos without objects are left out, which is said. Those that cannot be read fail when they are labelled.
+    Videos without objects are left out, which is said. Those that cannot be read fail when they are labelled. None that
+    is in RAM, as a volume, is kept. Two of one domain and id are an `InputError`.
     """
     prompted, empty = [], []
     for name, open_video in named_entries(*parts):
         domain = ""
         with suppress(InputError, FileNotFoundError):  # what opens them raises it again
             video = open_video()
-            domain, name, open_video = video.domain, video.video_id, lambda video=video: video
+            domain, name = video.domain, video.video_id
+            if not isinstance(video.frames, ArrayFrames) and getattr(video.frames, "paths", True):
+                open_video = partial(replace, video)  # of files, some of whose masks are known now
             if video.first_visible is None:
                 empty.append(video.video_id)
                 continue
@@ -117,7 +132,14 @@ def from_first_frames(*parts: Sequence[Video], kind: FirstFramePrompt = "mask") 
         prompted.append(PromptedVideo(domain, name, open_video, partial(_first_prompts, kind), about))
     if empty and is_first_process():
         print(f"{len(empty)} videos show no object and are left out, such as {empty[0]}.")
+    _check_keys(prompted)
     return prompted
+
+
+def _check_keys(videos: Sequence[PromptedVideo]) -> None:
+    keys = Counter(video.key for video in videos)
+    if (most := keys.most_common(1)) and most[0][1] > 1:
+        raise InputError(f"Two videos are called {most[0][0]}.")
 
 
 def _about_first(kind: FirstFramePrompt, open_video: Callable[[], Video]) -> Any:
@@ -326,9 +348,7 @@ class LabelRun(RunFolder):
             last = tracked._replace(logits=tracked.logits.float().cpu())
             writer(_write_frame, files, video, prompts, last, table)
 
-        with input_errors(prompted.video_id):
-            video = prompted.open()
-            prompts = prompted.prompts(video)
+        video, prompts = prompted.read()
         try:
             steps = tracking_steps(together.model, processor, together.read_ahead(video.frames), prompts)
             seconds = yield from through(steps, take)
@@ -344,12 +364,7 @@ class LabelRun(RunFolder):
             writer.always(shutil.rmtree, files.folder, True)
 
     def _finish(
-        self,
-        prompted: PromptedVideo,
-        video: Video,
-        files: MaskFiles,
-        table: list[TrackRow],
-        entry: dict[str, Any],
+        self, prompted: PromptedVideo, video: Video, files: MaskFiles, table: list[TrackRow], entry: dict[str, Any]
     ) -> PromptedVideo:
         """Moves a video's masks to where they belong, and then says that it is finished."""
         num_masks, target = len(files.files(video.video_id)), self.masks(video.domain)
@@ -427,9 +442,7 @@ def label_videos(
             tqdm.write(f"{error}\nThis video is left out.", file=sys.stderr)
             return together.writer()(lambda: video)
 
-    keys = [video.key for video in videos]
-    if len(set(keys)) < len(keys):
-        raise InputError(f"Two videos are called {next(key for key in keys if keys.count(key) > 1)}.")
+    _check_keys(videos)
     with run.writer:
         run.check_same()
         own = videos[state.process_index :: state.num_processes]
@@ -483,10 +496,14 @@ def _write_looks(videos: Sequence[PromptedVideo], run: LabelRun) -> int:
     return len(looks)
 
 
-def labelled_videos(run: LabelRun, videos: Sequence[PromptedVideo]) -> list[Video]:
-    """The finished videos with the masks that were written for all their frames."""
-    opened = (video.open() for video in videos)
-    return [replace(video, annotations=run.masks(video.domain).annotations(video)) for video in opened]
+def labelled_videos(run: LabelRun, videos: Sequence[PromptedVideo]) -> VideoList:
+    """The finished videos with the masks that were written for all their frames, opened when they are asked for."""
+
+    def open_labelled(_: str, prompted: PromptedVideo) -> Video:
+        video = prompted.open()
+        return replace(video, annotations=run.masks(video.domain).annotations(video))
+
+    return VideoList({video.key: video for video in videos}, open_labelled)
 
 
 def labelled_dataset(run: LabelRun, videos: Sequence[PromptedVideo]) -> datasets.Dataset:

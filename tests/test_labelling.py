@@ -8,6 +8,7 @@ import signal
 import subprocess
 import time
 import unicodedata
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from helpers.own_videos import save, save_videos
 from helpers.processes import ENVIRONMENT, LAUNCH
 from helpers.reference import ROOT
 from samoe_hf.cli import main
-from samoe_hf.data import load_videos, write_video
+from samoe_hf.data import VideoList, load_videos, write_video
 from samoe_hf.data.annotations import Shapes
 from samoe_hf.data.images import read_label_png
 from samoe_hf.data.synthetic import SyntheticVideos
@@ -166,14 +167,9 @@ def test_prompts_come_from_a_file(model_folder, clips, tmp_path, suffix):
     assert ids.keys() == {
         f"{video}.png" for video in ("b/0", "b/1", "b/a/0", "b/a/1", "day/one/00000", "day/one/00001")
     }
-    assert (
-        5 in ids["b/1.png"]
-        and 3 in ids["b/0.png"] - ids["b/1.png"]
-        and all(
-            found <= {0, *((2,) if name.startswith("b/a") else (3, 5) if name[0] == "b" else (1,))}
-            for name, found in ids.items()
-        )
-    )
+    own = {"b/a": {2}, "b": {3, 5}, "day/one": {1}}
+    assert all(found <= {0, *own[name.rpartition("/")[0]]} for name, found in ids.items())
+    assert 5 in ids["b/1.png"] and 3 in ids["b/0.png"] - ids["b/1.png"]
     label(model_folder, *words, tmp_path / "sa_v", "--layout", "sa_v")
     assert {"002", "004"} <= {path.name for path in (tmp_path / "sa_v/masks/clips/b").iterdir()}
 
@@ -193,6 +189,10 @@ def test_videos_may_be_added_and_prompts_mended(model_folder, clips, tmp_path):
     write_prompts(tmp_path / "p.json", [{**a, "box": [5, 5, 50, 60]}, b])
     with pytest.raises(SystemExit, match="has clips/b/a from other prompts"):
         label(model_folder, *words)
+    write_prompts(tmp_path / "p.json", [a, outside])
+    with pytest.raises(SystemExit, match=r"b: The box .* lies outside"):
+        label(model_folder, *words, "--overwrite")
+    assert finished.stat().st_mtime_ns == before and len(read_masks(tmp_path / "out")) == 4, "nothing is lost"
 
 
 def test_a_stopped_run_goes_on_and_another_is_refused(model_folder, data, tmp_path, capsys, monkeypatch):
@@ -221,7 +221,7 @@ def test_a_stopped_run_goes_on_and_another_is_refused(model_folder, data, tmp_pa
     label(model_folder, *words)
     assert first.stat().st_mtime_ns == before
     assert json.loads((tmp_path / "out" / "labels.json").read_text())["labelled_now"] == NUM_VIDEOS - 1
-    label(model_folder, "--dataset", data, "--output", tmp_path / "undisturbed")
+    label(model_folder, *words, "--output", tmp_path / "undisturbed")
     assert same(read_masks(tmp_path / "out"), read_masks(tmp_path / "undisturbed"))
     label(model_folder, *words)
     assert "all were labelled already" in capsys.readouterr().out
@@ -307,6 +307,25 @@ def test_videos_without_objects_are_left_out_which_is_said(capsys):
     bare = [replace(video, annotations=Shapes({0: {}}, ids)) for ids in ([], [1])]
     assert [one.video_id for one in from_first_frames([*bare, other])] == [other.video_id]
     assert capsys.readouterr().out == f"2 videos show no object and are left out, such as {video.video_id}.\n"
+
+
+def test_videos_are_not_kept_open():
+    opened = []
+
+    def open_video(_, seed):
+        opened.append(weakref.ref(video := SyntheticVideos(1, 2, (64, 80), seed=seed)[0]))
+        return video
+
+    assert len(from_first_frames(VideoList({"a": 1, "b": 2}, open_video))) == 2 == len(opened)
+    assert [video() for video in opened] == [None, None]
+
+
+def test_videos_of_one_name_are_refused_before_anything_is_removed(model_folder, one_video, tmp_path):
+    label(model_folder, "--dataset", one_video[0], "--output", tmp_path / "out")
+    (tmp_path / "two.yaml").write_text(json.dumps({"eval_data": [str(one_video[0])] * 2}))
+    with pytest.raises(SystemExit, match="Two videos are called data/v"):
+        label(model_folder, "--dataset", tmp_path / "two.yaml", "--output", tmp_path / "out", "--overwrite")
+    assert len(read_masks(tmp_path / "out")) == 6
 
 
 def test_damaged_videos_of_several_datasets_are_told_apart(model_folder, damaged_rows, tmp_path):

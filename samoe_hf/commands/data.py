@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from samoe_hf.data.layouts import WRITTEN
 from samoe_hf.errors import InputError, input_errors
 
-from .options import add_dataset_options, add_output_option, command_parser, open_dataset, write_format
+from .options import add_dataset_options, add_output_option, check_outside, command_parser, open_dataset, write_format
 
 if TYPE_CHECKING:
     from samoe_hf.data.check import VideoReport
@@ -76,7 +76,7 @@ def check_all(parsed: argparse.Namespace) -> tuple[list[VideoReport], list[Video
         bar.set_description_str(f"video {number} of {len(entries)}")
         report, video = check_video(name, open_video, bar.update)
         reports.append(report)
-        if report.error is None and report.object_ids:
+        if report.error is None and report.object_ids and report.num_annotated:
             usable.append(video)
     bar.close()
     if not reports:
@@ -87,11 +87,8 @@ def check_all(parsed: argparse.Namespace) -> tuple[list[VideoReport], list[Video
 def run(parsed: argparse.Namespace) -> None:
     if parsed.action == "convert":
         dataset = open_dataset(parsed)
-        root = dataset.root and dataset.root.resolve()
-        if root and parsed.output.resolve().is_relative_to(root):
-            raise InputError(
-                f"`--output` {parsed.output} is in the dataset, {dataset.root}; give a folder outside of it."
-            )
+        if dataset.root is not None:
+            check_outside(parsed.output, dataset.root)
         from samoe_hf.one_writer import OneWriter
 
         with OneWriter(parsed.output, inside=False):

@@ -80,6 +80,8 @@ def run(parsed: argparse.Namespace) -> None:
     for_tool = options.format_folder(parsed.layout, parsed.output)
     with labels.writer:
         if state.is_main_process:
+            for video in videos if parsed.overwrite and parsed.prompts else ():
+                video.read()  # while earlier labels are there
             labels.start(parsed.overwrite)
         state.wait_for_everyone()
         summary = label_videos(model, processor, videos, labels, state, videos_at_once=parsed.videos_at_once)
@@ -95,10 +97,8 @@ def run(parsed: argparse.Namespace) -> None:
         print(describe_choices(summary["videos"]))
     print(describe_summary(summary))
     pushed = f", and the dataset {parsed.push_to_hub}" if parsed.push_to_hub else ""
-    names = ("masks", "tracks", "where_to_look.csv", "labels.json")
-    print(
-        f"Written: masks in {labels.folder / names[0]}, {', '.join(str(labels.folder / n) for n in names[1:])}{pushed}"
-    )
+    written = [str(labels.folder / name) for name in ("masks", "tracks", "where_to_look.csv", "labels.json")]
+    print(f"Written: masks in {', '.join(written)}{pushed}")
 
 
 def describe_summary(summary: Mapping[str, Any]) -> str:

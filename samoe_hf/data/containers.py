@@ -165,9 +165,7 @@ class ContainerFrames(FrameSequence):
     def _read_as_decoded(self, index: int) -> np.ndarray:
         """A frame of a file whose packets did not tell what decoding gives."""
         if len(self._index.checksums):
-            raise SampleError(
-                f"{self.path}: frame {index} of {len(self)} is missing, or other each time; the file is damaged"
-            )
+            raise SampleError(f"{self.path}: frame {index} of {len(self)} is missing or other each time; it is damaged")
         with named_errors(self.path, "not a readable video", (FFmpegError, MemoryError)):
             decoded = index_by_decoding(self.path, self._max_frames)
         keep_index(self.path, *self._identity, decoded, self._max_frames)

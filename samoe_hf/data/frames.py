@@ -142,7 +142,8 @@ def natural_key(name: str) -> list[tuple[int, int | str]]:
 
 
 def frame_order(paths: Iterable[Path]) -> list[Path]:
-    """Paths in the order of their frames: natural, or by decimals where the names are such, as seconds are.
+    """Paths in the order of their frames: natural, or by numbers that are decimals, as of seconds, or of which some are
+    below 0.
 
     Hashes that Label Studio puts before names, `1a2b3c4d-frame_01.jpg`, do not count.
     """
@@ -150,13 +151,13 @@ def frame_order(paths: Iterable[Path]) -> list[Path]:
     is_hashed = all(re.match(r"[0-9a-f]{8}-.", path.name) for path in paths)
     is_hashed = is_hashed and any(re.match(r"\d{0,7}[a-f]", path.name) for path in paths)
     ordered = sorted(paths, key=lambda path: natural_key(path.name[9 * is_hashed :]))
-    found = [re.fullmatch(r"\D*?(\d+(?:\.\d+)?)", path.stem) for path in ordered]
-    decimals = [float(match[1]) for match in found if match]
-    if len(set(decimals)) < len(ordered) or not any("." in path.stem for path in ordered):
+    found = [match for path in ordered if (match := re.fullmatch(r"(\D*?)(-?)(\d+(?:\.\d+)?)", path.stem))]
+    # A minus that all have, or that is behind several words, is no sign.
+    is_signed = len({match[2] for match in found}) == 2 and len({match[1] for match in found}) == 1
+    numbers = [float(is_signed * match[2] + match[3]) for match in found]
+    if len(set(numbers)) < len(ordered) or not (is_signed or any("." in match[3] for match in found)):
         return ordered
-    by_decimals = [path for _, path in sorted(zip(decimals, ordered, strict=True))]
-    if by_decimals != ordered:
-        say_once(
-            f"{ordered[0].parent}: names such as {ordered[-1].name} are put in the order of decimals, as of seconds"
-        )
-    return by_decimals
+    by_number = [path for _, path in sorted(zip(numbers, ordered, strict=True))]
+    if by_number != ordered:
+        say_once(f"{ordered[0].parent}: names such as {ordered[-1].name} are put in the order of their numbers")
+    return by_number

@@ -44,18 +44,19 @@ def read_dataset(
 
     Args:
         root: a folder of `save_to_disk`, or anything `datasets.load_dataset` takes, such as a name on the Hub.
-        split: of `load_dataset`.
+        split: of several that were saved together, and of `load_dataset`.
         streaming: nothing is downloaded ahead; gives an iterable, for `ClipStream`.
         frames_column, masks_column, video_column, order_column, binary: see [`videos_from_dataset`].
     """
-    if (Path(root) / "state.json").is_file():
-        with named_errors(root, "not a dataset of `save_to_disk`"):
-            dataset = datasets.load_from_disk(str(root))
-        if isinstance(dataset, datasets.DatasetDict):
-            raise InputError(f"{root} holds the splits {', '.join(map(str, dataset))}; name the folder of one")
+    folder = Path(root, split) if Path(root, split, "state.json").is_file() else Path(root)
+    if (folder / "state.json").is_file():
+        with named_errors(folder, "not a dataset of `save_to_disk`"):
+            dataset = datasets.load_from_disk(str(folder))
+        assert isinstance(dataset, datasets.Dataset)  # since it has a state
         dataset = dataset.to_iterable_dataset() if streaming else dataset
     else:
-        dataset = datasets.load_dataset(str(root), split=split, streaming=streaming)
+        with named_errors(root, f"its split {split!r} cannot be loaded", (ValueError,)):
+            dataset = datasets.load_dataset(str(root), split=split, streaming=streaming)
         assert isinstance(dataset, AnyDataset)  # since a split is named
     named = (frames_column, masks_column, video_column, order_column)
     return videos_from_dataset(dataset, *named, binary=binary)

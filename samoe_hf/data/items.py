@@ -180,9 +180,7 @@ def _read_masks(value: Any, owner: str) -> tuple[np.ndarray, list[int], int]:
     if array.dtype.kind == "f":
         wrong = ~((np.rint(array) == array) & (np.abs(array) < 2**31))
         if wrong.any():
-            raise SampleError(
-                f"{owner} must be whole numbers, not {array[wrong][0]:.4g}; soft masks need a threshold (masks > 0.5)"
-            )
+            raise SampleError(f"{owner} must be whole numbers, not {array[wrong][0]:.4g}; if soft, give masks > 0.5")
         array = array.astype(np.int64)
     if array.dtype != bool and array.min(initial=0) < 0:
         raise SampleError(f"{owner} must be 0 for background and above 0 for objects, not {array.min()}")

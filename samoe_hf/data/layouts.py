@@ -148,7 +148,7 @@ LAYOUTS = {
     layout.kind: layout
     for layout in (
         Layout("files", "own_videos.read_files", masks="youtube_vos"),
-        Layout("dataset", "hub_datasets.read_dataset", ("state.json", "*.parquet", "data/*.parquet")),
+        Layout("dataset", "hub_datasets.read_dataset", ("state.json", "*/state.json", "*.parquet", "data/*.parquet")),
         Layout(
             "davis", "readers.read_davis",
             ("JPEGImages/{resolution:480p|Full-Resolution}/ Annotations/{resolution}/ ImageSets/",), protocol="davis",

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice, product
+from itertools import groupby, islice, product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -50,13 +50,13 @@ PATTERNS = (
     ("**/{video}.{movie}", "**/{video}/{masks}/*"),
     ("**/*.{movie}", "**/{masks}/*"),
     ("**/*", "**/{masks}/*"),
+    ("**/{video}/*", "**/{video}{sep}{masks}/*"),
     ("**/{folder}/*", "**/{masks}/*"),
     ("{folder}/**/*", "{masks}/**/*"),
     ("**/{video}{sep}{frames}/*", "**/{video}{sep}{masks}/*"),
     ("**/{frames}{sep}{video}/*", "**/{masks}{sep}{video}/*"),
     ("**/{video}{sep}{frames}.{movie}", "**/{video}{sep}{masks}/*"),
     ("**/{video}.{movie}", "**/{video}{sep}{masks}/*"),
-    ("**/{video}/*", "**/{video}{sep}{masks}/*"),
     ("**/*{frames}*/*", "**/*{masks}*/*"),
     ("**/*.{movie}", "**/*{masks}*/*"),
     ("**/*", "**/*{masks}*/*"),
@@ -128,9 +128,8 @@ def read_files(
     for reason, names in found.left_out.items():
         if names:
             more = f", … ({len(names)})" if len(names) > MAX_NAMED else ""
-            logger.warning(
-                "%s: %s: %s%s", root, reason, ", ".join(name or root.name for name in names[:MAX_NAMED]), more
-            )
+            shown = ", ".join(name or root.name for name in names[:MAX_NAMED])
+            logger.warning("%s: %s: %s%s", root, reason, shown, more)
     sources = _of_split(found.sources, split, root)
     name = bare_name(root.resolve())
     while name in sources:  # the folder is a video, and one in it has its name
@@ -173,10 +172,8 @@ def read_folders(root: Path) -> list[Folder]:
         names[:] = sorted((n for n in names if not n.startswith((".", "__"))), key=natural_key)
         real = os.path.realpath(path)
         names[:] = [n for n in names if not f"{real}/".startswith(f"{os.path.realpath(os.path.join(path, n))}/")]
-        paths = frame_order(Path(path, name) for name in files if not name.startswith("."))
-        images, videos = (
-            [path for path in paths if path.suffix.lower() in kind] for kind in (IMAGE_SUFFIXES, VIDEO_SUFFIXES)
-        )
+        paths = [Path(path, name) for name in sorted(files, key=natural_key) if not name.startswith(".")]
+        images, videos = ([p for p in paths if p.suffix.lower() in kind] for kind in (IMAGE_SUFFIXES, VIDEO_SUFFIXES))
         if unread := describe_unread(paths):
             say_once(f"{path} holds {unread}")
         if overlays := [video for video in videos if _is_overlay(video)]:
@@ -281,7 +278,9 @@ def _join(
         is_video = first.suffix.lower() in VIDEO_SUFFIXES
         if is_video and others:
             raise InputError(f"`frames`: {first} and {others[0]} are both named by {frames!r}, as one video")
-        sources[key] = Source(first if is_video else paths[key], mask_files[key])
+        by_folder = groupby(paths[key], lambda path: path.parent)  # which may hold other files
+        own = first if is_video else [path for _, files_in in by_folder for path in frame_order(files_in)]
+        sources[key] = Source(own, mask_files[key])
     left_out = {
         "left out for want of masks": [key for key in paths if key not in mask_files],
         "left out for want of frames": [key for key in mask_files if key not in paths],
@@ -439,18 +438,22 @@ def is_label_image(path: Path) -> bool | None:
 
 
 def _of_split(sources: dict[str, Source], split: str | None, root: Path) -> dict[str, Source]:
-    """The videos of one split, if the first part of each video's name is one; their names leave it out."""
-    firsts = sorted({key.partition("/")[0] for key in sources})
-    splits = [name for name in firsts if name.lower() in SPLITS]
-    if splits != firsts and split is None:
+    """The videos of one split, if the first folder in which their names differ, or one above, is such; they leave it
+    out."""
+    parts = {key: key.split("/") for key in sources}
+    levels = [(depth, sorted(set(own))) for depth, own in enumerate(zip(*parts.values(), strict=False))]
+    depth, folders = next((one for one in levels if len(one[1]) > 1 or one[1][0].lower() in SPLITS), levels[0])
+    splits = [name for name in folders if name.lower() in SPLITS]
+    if split is None and splits != folders and len(splits) < 2:  # a video may be called so
         return sources
     try:
-        chosen = choose_split(firsts if split in firsts else splits, split)
+        chosen = choose_split(folders if split in folders else splits, split)
     except InputError as error:
         raise InputError(f"{root}: {error}") from error
-    if len(firsts) > 1 and split is None:
-        logger.warning("%s: the split %s is taken; others are %s", root, chosen, [n for n in firsts if n != chosen])
-    return {key.partition("/")[2]: source for key, source in sources.items() if key.partition("/")[0] == chosen}
+    if len(folders) > 1 and split is None:
+        logger.warning("%s: the split %s is taken; others are %s", root, chosen, [n for n in folders if n != chosen])
+    names = {key: "/".join(own[:depth] + own[depth + 1 :]) for key, own in parts.items() if own[depth] == chosen}
+    return {name: sources[key] for key, name in names.items()}
 
 
 def _describe_contents(root: Path, files: Iterable[Path]) -> str:

@@ -15,6 +15,7 @@ from .pairing import FRAME_WORDS, MaskFile, Source
 from .video_io import VIDEO_SUFFIXES
 
 LIST_SUFFIXES = (".csv", ".json", ".jsonl")
+MAX_NAME = 255  # characters of a file's; a list of a label tool may have shapes in place of paths
 # What a column may be called, the usual name first.
 COLUMNS = {
     "frame": "frame image frame_path image_path img img_path frames images file filename",
@@ -49,6 +50,8 @@ def read_pairs(path: Path) -> tuple[dict[str, Source], tuple[str, str]]:
         where = f"{path}, row {row_number}"
         values = {role: "" if column is None else str(row[column]).strip() for role, column in columns.items()}
         for role in ("video", "frame", "mask"):
+            if max(map(len, values[role].split("/"))) > MAX_NAME:
+                raise SampleError(f"{where}: {columns[role]} must be a path, not {values[role][:60]}…")
             if not (path.parent / values[role]).exists():
                 values[role] = values[role].replace("\\", "/")  # as Windows writes paths
         video, frame, number = values["video"], values["frame"], values["number"]
@@ -70,9 +73,8 @@ def read_pairs(path: Path) -> tuple[dict[str, Source], tuple[str, str]]:
             source.masks.append(MaskFile(_existing(values["mask"], path, where), values["object"] or None, name))
     for key, source in sources.items():
         if isinstance(source.frames, list):  # a frame has a row for each object
-            source.frames = _in_order(
-                list(dict.fromkeys(source.frames)), numbers[key], f"{path}: video {key or path.stem}"
-            )
+            unlike = list(dict.fromkeys(source.frames))
+            source.frames = _in_order(unlike, numbers[key], f"{path}: video {key or path.stem}")
     if not any(source.masks for source in sources.values()):
         raise SampleError(f"{path}: no row has a mask")
     return sources, (f"column {columns['frame']}", f"column {columns['mask']}")
@@ -95,9 +97,7 @@ def _in_order(files: list[Path], numbers: Mapping[Path, float], owner: str) -> l
     ordered = frame_order(files)
     if ordered == files or len({re.sub(r"\d+", "#", file.stem) for file in files}) > 1:
         return files
-    say_once(
-        f"{owner}: its rows are put in the order of the names, {ordered[0].name} first; `frame_number` tells another"
-    )
+    say_once(f"{owner}: its rows are put in the order of names, {ordered[0].name} first; `frame_number` tells another")
     return ordered
 
 

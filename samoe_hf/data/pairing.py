@@ -40,9 +40,10 @@ PICTURE_WORDS = r"vi[sz]|visual\w*|colou?r\w*|overlay\w*|blend\w*|previews?|thum
 CLASS_WORDS = r"semantic\w*|class\w*|categor\w*|label(?:train)?ids?"  # of label images beside those of instances
 INSTANCE_WORDS = r"(?i)(?:^|[\W_])instance"
 # A date and a time, or a number.
-DAY = r"(?:19|20)\d\d([-_.]?)(?:0[1-9]|1[0-2])\1(?:[0-2]\d|3[01])"
-TIME = r"(?:[01]\d|2[0-3])[-_.:hH]?[0-5]\d[-_.:mM]?[0-5]\d[-_.:]?\d*"
-NUMBER = rf"{DAY}[-_.T ]{{1,3}}{TIME}|^\d\d[-_:]\d\d[-_:]\d\d(?:\.\d+)?|\d{{9,}}[-_.]\d+|^\d+\.\d+|\d+"
+DAY = r"(?:(?:19|20)\d\d([-_.]?)(?:0[1-9]|1[0-2])\1(?:[0-2]\d|3[01])|[0-3]\d([-_.])[0-3]\d\2(?:19|20)\d\d)"
+TIME = r"(?:[01]\d|2[0-3])[-_.:hH]?[0-5]\d[-_.:mM]?[0-5]\d[-_.:sS]?\d*"
+CLOCK = r"^\d\d[-_:]\d\d[-_:]\d\d(?:\.\d+|[-_:]\d{3})?(?!\d)"  # with milliseconds, or without
+NUMBER = rf"{DAY}[-_.T ]{{1,3}}{TIME}|{CLOCK}|\d{{9,}}[-_.]\d+|^\d+\.\d+|\d+"
 ROBOFLOW = re.compile(r"_[A-Za-z]{3,4}\.rf\.\w+?(?=_mask$|$)")
 LABEL_STUDIO = re.compile(r"task-\d+-annotation-")
 HINT = 'name them: `masks` takes a pattern such as "masks/{video}/{frame}_{object}.png"'
@@ -198,9 +199,7 @@ class _Names:
         is_named = masks[0].frame_name is not None
         stems = [plain_name(str(mask.frame_name) if is_named else mask.path.stem) for mask in masks]
         if LABEL_STUDIO.match(stems[0]):
-            raise SampleError(
-                f"{masks[0].path}: Label Studio's masks name tasks instead of frames; export its JSON, which is read"
-            )
+            raise SampleError(f"{masks[0].path}: Label Studio's masks name tasks instead of frames; export its JSON")
         folders = [one_form(mask.folder or "") for mask in masks]
         told = self._choose(masks, [stems, folders] if all(folders) and not is_named else [stems])
         frames = self._frames(told, masks)
@@ -235,9 +234,7 @@ class _Names:
             ways = [way for way in ways if all(BEFORE_FRAMES.search(one.before) for one in way)] or ways
             if len(ways) > 1:
                 one, other = (way[-1].part for way in ways[:2])
-                raise SampleError(
-                    f"{masks[-1].path}: both {one!r} and {other!r} may be its frame, and the other its object; {HINT}"
-                )
+                raise SampleError(f"{masks[-1].path}: both {one!r} and {other!r} may be its frame or object; {HINT}")
             if ways:
                 return ways[0]
         named = zip((mask.path for mask in masks), parts[0], strict=True)

@@ -45,10 +45,7 @@ def read_davis(
 
 
 def read_vos(
-    root: str | Path,
-    split: str | None = None,
-    binary: bool | None = None,
-    ignore_ids: Collection[int] | None = None,
+    root: str | Path, split: str | None = None, binary: bool | None = None, ignore_ids: Collection[int] | None = None
 ) -> VideoList:
     """YouTube-VOS, MOSE, LVOS, and any `JPEGImages/<video>/*.jpg` with label images `Annotations/<video>/*.png`.
 

@@ -393,19 +393,16 @@ class SyntheticVideos(VideoList):
 
     def _draw(self, position: int, _: int) -> Video:
         seed = [self.seed, zlib.crc32(self.domain.encode()), position]
-        name, kind = self.domain, self.kinds[position % len(self.kinds)] if self.kinds else ""
-        if not kind:
-            frames, masks = self._render(np.random.default_rng(seed))
+        kind = self.kinds[position % len(self.kinds)] if self.kinds else ""
+        name = f"{self.domain}_{kind}".rstrip("_")
+        for attempt in range(_MAX_TRIES):
+            more = [zlib.crc32(kind.encode()), attempt] if kind else []
+            frames, masks = self._render(np.random.default_rng(seed + more), kind)
+            if not kind or _shows(kind, masks):
+                break
         else:
-            name = f"{name}_{kind}"
-            for attempt in range(_MAX_TRIES):
-                frames, masks = self._render(np.random.default_rng([*seed, zlib.crc32(kind.encode()), attempt]), kind)
-                if _shows(kind, masks):
-                    break
-            else:
-                raise SampleError(
-                    f"no {name} video in {_MAX_TRIES} tries with {self.num_frames} frames of {self.image_size}"
-                )
+            tried = f"{_MAX_TRIES} tries with {self.num_frames} frames of {self.image_size}"
+            raise SampleError(f"no {name} video in {tried}")
         return Video.from_arrays(f"{name}_{self.seed}_{position:05d}", frames, masks, domain=self.domain)
 
     def _render(self, rng: _Rng, kind: str = "") -> tuple[np.ndarray, np.ndarray]:

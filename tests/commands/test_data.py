@@ -3,6 +3,7 @@
 import io
 import os
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ from PIL import Image
 from helpers.own_videos import SIZE, save, save_ids, truth, write, write_objects
 from samoe_hf import load_videos
 from samoe_hf.cli import main
+from samoe_hf.data import to_datasets
+from samoe_hf.data.annotations import MaskArrays
 from samoe_hf.errors import InputError
 
 
@@ -66,6 +69,13 @@ def test_likely_mistakes_are_told(tmp_path, capsys):
     ):  # fmt: skip
         assert f"warning: {warning}" in text
     assert "2 videos with warnings" in text
+
+
+def test_a_video_without_masks_is_listed(tmp_path, capsys):
+    bare = replace(truth()["cat"], annotations=MaskArrays(np.zeros((0, 1, *SIZE), bool), [1], []))
+    to_datasets([bare, truth()["dog 2"]]).save_to_disk(tmp_path / "mine")
+    check(tmp_path / "mine")
+    assert "warning: no frame shows an object" in capsys.readouterr().out and (tmp_path / "out").is_dir()
 
 
 def test_soft_edges_and_damaged_files_are_errors_of_their_videos(tmp_path, capsys):

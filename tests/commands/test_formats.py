@@ -40,7 +40,7 @@ def test_a_dataset_is_converted_and_what_differs_is_printed(samoe, data, tmp_pat
     taken = tmp_path / "davis"
     assert "not an empty folder" in samoe("data", "convert", data, "--to", "yolo", "--output", taken, fails=True)
     within = data / "new"
-    assert "is in the dataset" in samoe("data", "convert", data, "--to", "yolo", "--output", within, fails=True)
+    assert "lies in the folder" in samoe("data", "convert", data, "--to", "yolo", "--output", within, fails=True)
     message = samoe("data", "convert", data, "--to", "yolo", "--polygons", "--output", tmp_path / "new", fails=True)
     assert "has polygons alone" in message and sorted(tmp_path.iterdir()) == [tmp_path / "cvat", tmp_path / "davis"]
 

@@ -72,6 +72,14 @@ def test_columns_can_be_named_from_load_videos(tmp_path):
         assert_exact(load_videos("dataset", tmp_path / "saved", domain="lab", **options), "ab", "lab")
 
 
+def test_splits_that_were_saved_together_are_recognized(tmp_path):
+    datasets.DatasetDict(train=video_rows(), test=video_rows()).save_to_disk(tmp_path / "saved")
+    for split in ("train", "test"):
+        assert_exact(load_videos(tmp_path / "saved", split=split), ["row_0", "row_1"])
+    with pytest.raises(SampleError, match="saved: its split 'nope' cannot be loaded"):
+        load_videos(tmp_path / "saved", split="nope")
+
+
 @pytest.mark.parametrize(
     "order",
     [

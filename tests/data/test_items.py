@@ -121,7 +121,7 @@ def test_the_masks_tell_channels_from_columns(size):
         ({"frames": FRAMES, "masks": IDS[0]}, r"item 4: `masks` must be \(T, H, W\).*, not \(16, 20\)"),
         ({"frames": FRAMES, "masks": 3}, r"item 4: `masks` must be \(T, H, W\).*, not \(\)"),
         ({"frames": FRAMES, "masks": [None] * 4}, r"item 4: `masks` must be \(T, H, W\)"),
-        ({"frames": FRAMES, "masks": IDS / 255}, r"item 4: `masks` must be whole numbers, not 0\.0.*threshold"),
+        ({"frames": FRAMES, "masks": IDS / 255}, r"item 4: `masks` must be whole numbers, not 0\.0.*give masks > 0.5"),
         ({"frames": FRAMES, "masks": IDS.astype(int) - 1}, r"item 4: `masks` must be 0 for background .*, not -1"),
         ({"frames": FRAMES, "masks": MASKS * np.uint8(7)}, r"item 4: `masks` .*must hold 0 and 1.*\[0, 7\]"),
         ({"frames": FRAMES, "masks": MASKS, "object_ids": [1]}, r"item 4: 1 `object_ids` for `masks` of 2 objects"),

@@ -90,15 +90,32 @@ def test_folders_tell_the_video_beside_their_role(frames, masks, ids, tmp_path):
     assert videos.video_ids == ids and videos[0].annotated_frames == list(range(NUM_FRAMES))
 
 
-@pytest.mark.parametrize("where", ["{s}/{v}/frames/{t}.jpg", "frames/{s}/{v}/{t}.jpg", "{s}/frames/{v}/{t}.jpg"])
+def test_masks_in_two_folders_are_not_frames_and_masks(tmp_path):
+    """Cell Tracking Challenge."""
+    for folder in ("SEG", "TRA"):
+        write(tmp_path, "{v}/t{t}.png", "{v}_GT/" + folder + "/man{t}.png")
+    videos = load_videos(tmp_path)
+    assert videos.video_ids == list(truth()) and videos[0].frames.names[0] == "t0"
+    with pytest.raises(SampleError, match=r"cat_GT/\w+/man0\.png: read as the mask of one object.*give a pattern of"):
+        videos[0].masks(0)
+    check_videos(load_videos(tmp_path, frames="{video}/*", masks="{video}_GT/TRA/*"))
+
+
+@pytest.mark.parametrize(
+    "where",
+    ["{s}/{v}/frames/{t}.jpg", "frames/{s}/{v}/{t}.jpg", "{s}/frames/{v}/{t}.jpg", "data/{s}/{v}/frames/{t}.jpg"],
+)
 def test_splits_are_recognized(where, tmp_path, caplog):
-    for split in ("train", "val"):
+    """Also in a folder that holds all, and beside a folder that is none."""
+    for split in ("train", "val", "others"):
         frame = where.replace("{s}", split)
         write(tmp_path, frame, frame.replace("frames", "masks").replace(".jpg", ".png"), only=1 + (split == "val"))
     assert len(load_videos(tmp_path)) == 1
-    assert "the split train is taken; others are ['val']" in caplog.text
+    assert "the split train is taken; others are ['others', 'val']" in caplog.text
     videos = load_videos(tmp_path, split="val")
-    assert videos.video_ids == list(truth()) and videos[1].annotated_frames == list(range(NUM_FRAMES))
+    assert [name.removeprefix("data/") for name in videos.video_ids] == list(truth()) and videos[
+        1
+    ].annotated_frames == list(range(NUM_FRAMES))
     with pytest.raises(ValueError, match=r"no split 'dev'; there are: train, val"):
         load_videos(tmp_path, split="dev")
 
@@ -228,7 +245,7 @@ def test_frames_of_a_list_are_in_the_order_of_their_numbers_or_names(columns, ro
     (video,) = load_videos(path)
     assert [int(name) for name in video.frames.names] == list(expected)
     assert [video.visible(t) for t in range(12)] == [[t + 1] for t in expected]
-    assert ("rows are put in the order of the names" in caplog.text) == (columns == "frame,mask")
+    assert ("rows are put in the order of names" in caplog.text) == (columns == "frame,mask")
 
 
 def test_a_list_may_be_written_on_windows_and_one_of_other_files_is_told(tmp_path, caplog):
@@ -424,6 +441,7 @@ def test_wrong_patterns_are_refused(frames, masks, message, tmp_path):
         ("image,mask\n../x.jpg,x.png\n", r"pairs\.csv, row 1: '\.\./x\.jpg' is no path within"),
         ("image,maks\na,b\n", r"pairs\.csv: has image, maks; expected a CSV or JSON"),
         ("image,mask\ncat/frames/0.jpg,\n", r"pairs\.csv: no row has a mask"),
+        (f"image,label\ncat/frames/0.jpg,{'shape' * 60}\n", "row 1: label must be a path, not shapeshape[a-z]{50}…"),
     ],
 )
 def test_wrong_lists_name_the_row(text, message, tmp_path):

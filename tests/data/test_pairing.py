@@ -51,7 +51,9 @@ def test_objects_are_no_frames_however_few_frames_have_masks(name, frames, tmp_p
 def test_names_that_may_be_read_in_two_ways_are_refused_and_patterns_tell(frame, mask, tmp_path):
     write_frames(tmp_path, f"{frame}.jpg")
     write_masks(tmp_path, f"{mask}.png", (1, 2, 3), (1, 2, 3))
-    with pytest.raises(SampleError, match=r"both '\d' and '\d' may be its frame.*masks/\{video\}/\{frame\}_\{object\}"):
+    with pytest.raises(
+        SampleError, match=r"both '\d' and '\d' may be its frame or.*masks/\{video\}/\{frame\}_\{object\}"
+    ):
         read(tmp_path)
     pattern = "{video}/masks/" + mask.replace("{o}", "{object}").replace("{t}", "{frame}") + ".png"
     assert read(tmp_path, frames="{video}/frames/*", masks=pattern) == expected((1, 2, 3), (1, 2, 3))
@@ -150,6 +152,9 @@ def test_the_first_number_of_images_masks_may_be_told(tmp_path):
         [f"2023-05-01 12-{t // 3:02d}-{t:02d}" for t in range(9)],
         [f"cam_1305031{t // 4}02_{175304 + t}" for t in range(8)],
         [f"IMG_202305{1 + t // 3:02d}_12000{t}" for t in range(6)],
+        [f"vlcsnap-2023-05-01-12h30m{t // 4:02d}s{t % 4 * 250:03d}" for t in range(8)],
+        [f"12-30-{58 + t // 4}-{t % 4 * 250:03d}" for t in range(8)], [f"31-05-2023 12-30-0{t}" for t in range(8)],
+        [f"event_{t}" for t in range(-5, 4)], ["-1.0", "-0.75", "-0.5", "0.0", "0.25", "0.5"],
     ],
     ids=lambda times: times[0],
 )  # fmt: skip
@@ -157,6 +162,7 @@ def test_times_as_names_are_one_video_in_their_order(times, tmp_path):
     for t, name in enumerate(times):
         save_image(tmp_path / "frames" / f"{name}.jpg", np.full((*SIZE, 3), 20 * t, np.uint8))
         save_image(tmp_path / "masks" / f"{name}.png", label_map((1, t)))
+    (tmp_path / "frames/times.txt").touch()
     (video,) = load_videos(tmp_path)
     assert video.frames.names == times and video.annotated_frames == list(range(len(times)))
     assert [int(video.masks(t)[0].any(axis=0).argmax()) for t in video.annotated_frames] == list(range(len(times)))

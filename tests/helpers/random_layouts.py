@@ -82,14 +82,7 @@ class Maker:
         if self.form == "palette":
             write_palette_png(path, ids)
         else:
-            save(
-                path,
-                ids.astype(np.uint16)
-                if self.form == "16 bits"
-                else np.stack([ids] * 3, -1)
-                if self.form == "rgb"
-                else ids,
-            )
+            save(path, {"16 bits": ids.astype(np.uint16), "rgb": np.stack([ids] * 3, -1)}.get(self.form, ids))
 
     def forms(self) -> None:
         self.white, self.void = self.rng.random() < 0.5, self.rng.random() < 0.2

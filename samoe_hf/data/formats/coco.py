@@ -19,10 +19,7 @@ from .labels import LabelledFrame, LabelledObject
 
 
 def read_coco(
-    root: str | Path,
-    split: str = "train2017",
-    images: str | None = None,
-    annotations: str | None = None,
+    root: str | Path, split: str = "train2017", images: str | None = None, annotations: str | None = None
 ) -> VideoList:
     """Images with COCO annotations; crowds are left out, which is said.
 
@@ -56,7 +53,7 @@ def read_coco(
         labels.check_unlike("names of videos", videos.values())
         frames: list[tuple[Any, LabelledFrame]] = []
         for image in data["images"]:
-            name = image["file_name"]
+            name = image["file_name"].replace("\\", "/")  # as Windows writes paths
             check_inside(name, path)
             parent = Path(name).parent.as_posix().removeprefix(".")
             video = videos.get(image.get("video_id"), str(image.get("video_id", parent)))
@@ -118,10 +115,7 @@ def _parts(segmentation: Any) -> list[Part]:
 
 
 def read_ytvis(
-    root: str | Path,
-    split: str | None = None,
-    images: str | None = None,
-    annotations: str | None = None,
+    root: str | Path, split: str | None = None, images: str | None = None, annotations: str | None = None
 ) -> VideoList:
     """YouTube-VIS 2019 and 2021, OVIS, and others of their form; crowds are left out.
 
@@ -139,9 +133,7 @@ def read_ytvis(
         files = [path for path in files if split in path.relative_to(root).as_posix()]
     if len(files) != 1:
         names = ", ".join(path.relative_to(root).as_posix() for path in files) or "none"
-        raise SampleError(
-            f"{root}: one file of YouTube-VIS is expected, found {names}; `split` or `annotations` tells it"
-        )
+        raise SampleError(f"{root}: one file of YouTube-VIS is expected, found {names}; name it as `annotations`")
     (path,) = files
     with named_errors(path, "not YouTube-VIS annotations"):
         data = json.loads(path.read_bytes())

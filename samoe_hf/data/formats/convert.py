@@ -71,7 +71,7 @@ def _flat(video: Video) -> str:
 
 
 def compare(videos: Sequence[Video], others: Sequence[Video]) -> Kept:
-    """How videos that were read back differ from what they were."""
+    """How videos that were read back differ from what they were; frames are the same by their names."""
     by_id, differences = {video.video_id: video for video in others}, []
     frames = objects = pixels = lost = 0
     for video in videos:
@@ -81,9 +81,11 @@ def compare(videos: Sequence[Video], others: Sequence[Video]) -> Kept:
             continue
         is_like, nothing = tuple(video.size) == tuple(other.size), np.zeros(video.size, dtype=bool)
         seen, seen_again = set[int](), set[int]()
+        found = {other.frames.names[t]: t for t in other.annotated_frames}
         for t in video.annotated_frames:
             masks = {i: mask for i, _, mask in objects_on(video, t)}
-            again = {i: mask for i, _, mask in objects_on(other, t)} if t in other.annotated_frames else {}
+            place = found.get(video.frames.names[t])
+            again = {} if place is None else {i: mask for i, _, mask in objects_on(other, place)}
             seen, seen_again = seen | masks.keys(), seen_again | again.keys()
             again = again if is_like else {}
             pixels += sum(int(mask.sum()) for mask in masks.values())

@@ -152,7 +152,8 @@ def _images(path: Path, document: ElementTree.Element, folder: str) -> Iterable[
             for shape in own
         )
         name, size = image.attrib["name"], (int(image.attrib["height"]), int(image.attrib["width"]))
-        file = labels.find_image(name, folders, path)
+        # Of a video's frame CVAT leaves out the suffix.
+        file = labels.find_image(name if Path(name).suffix else f"{name}.PNG", folders, path)
         yield LabelledFrame(folder, file, size, objects, str(path), Path(name).with_suffix("").as_posix())
 
 
@@ -191,11 +192,13 @@ def draw_runs(runs: list[int], left: int, top: int, width: int, height: int, siz
 def write_cvat(videos: Sequence[Video], folder: Path, polygons: bool = False) -> None:
     """Writes a folder for each video: `annotations.xml` ("CVAT for video 1.1") and `images/`.
 
-    CVAT has a shape of a track on every frame until it is outside, so that an object stays on frames without
-    annotation there; `labelled_frames` in the file's `meta` tells them, for [`read_cvat`].
+    Frames are numbered in the order of their names, as CVAT and [`read_cvat`] do. CVAT has a shape of a track on every
+    frame until it is outside, so that an object stays on frames without annotation there; `labelled_frames` in the
+    file's `meta` tells them, for [`read_cvat`].
     """
     for video in videos:
-        labels.write_frames(video, folder / video.video_id / "images")
+        names = labels.write_frames(video, folder / video.video_id / "images")
+        numbers = {path.name: number for number, path in enumerate(frame_order(map(Path, names)))}
         document = ElementTree.Element("annotations")
         ElementTree.SubElement(document, "version").text = "1.1"
         meta = ElementTree.SubElement(document, "meta")
@@ -209,18 +212,19 @@ def write_cvat(videos: Sequence[Video], folder: Path, polygons: bool = False) ->
         size = ElementTree.SubElement(task, "original_size")
         for name, value in zip(("height", "width"), video.size, strict=True):
             ElementTree.SubElement(size, name).text = str(value)
-        ElementTree.SubElement(meta, LABELLED).text = ",".join(map(str, video.annotated_frames))
+        annotated = sorted((numbers[names[t]], t) for t in video.annotated_frames)
+        ElementTree.SubElement(meta, LABELLED).text = ",".join(str(number) for number, _ in annotated)
         tracks: dict[int, ElementTree.Element] = {}
         last: dict[int, Mapping[str, str]] = {}
-        for t in video.annotated_frames:
+        for number, t in annotated:
             before, last = last, {}
             for i, label, mask in labels.objects_on(video, t):
                 if i not in tracks:
                     tracks[i] = ElementTree.SubElement(document, "track", id=str(i), label=label, source="manual")
                 last[i] = _shape(mask, polygons)
-                _add(tracks[i], last[i], t, False)
+                _add(tracks[i], last[i], number, False)
             for i in before.keys() - last.keys():
-                _add(tracks[i], before[i], t, True)
+                _add(tracks[i], before[i], number, True)
         ElementTree.indent(document)
         ElementTree.ElementTree(document).write(
             folder / video.video_id / "annotations.xml", encoding="utf-8", xml_declaration=True

@@ -30,7 +30,8 @@ RUN_BITS = (3, 4, 8, 16)  # in which a run's length less 1 is written
 def read_label_studio(root: str | Path, split: str | None = None) -> VideoList:
     """Label Studio's JSON export, with the images below the same folder.
 
-    An image is found by its path behind `?d=`, or by its name. The folder of an image is its video, without a first
+    An image is found by its path behind `?d=`, or by its name, with or without the eight digits and the minus that an
+    upload puts before it. The folder of an image is its video, without a first
     `images`. A region whose id is `object-N`, as written here, is object N; else each label is an object where it is on
     no frame twice, which is said; else nothing tells which objects of two images are the same, and each image is a
     video of one frame. Of a task's annotations the last one counts that was not cancelled; tasks without any are not
@@ -63,20 +64,14 @@ def read_label_studio(root: str | Path, split: str | None = None) -> VideoList:
 
 def _image(task: dict[str, Any], root: Path, files: Mapping[tuple[str, ...], list[Path]]) -> Path:
     """The file of a task's image; `files` are those of each end of a path."""
-    texts = [str(value) for value in task["data"].values() if isinstance(value, str)]
-    urls = [text for text in texts if Path(urlparse(text).path).suffix or "?d=" in text]
-    if not urls:
-        raise SampleError(f"task {task.get('id')} names no image")
-    parsed = urlparse(urls[0])
-    query = parse_qs(parsed.query)
-    name = query["d"][0] if "d" in query else unquote(parsed.path)
-    if PurePosixPath(name).suffix.lower() not in IMAGE_SUFFIXES:
-        raise SampleError(
-            f"task {task.get('id')} is of {urls[0]!r}, which is no image; videos have boxes there, no masks"
-        )
+    texts = [text for text in task["data"].values() if isinstance(text, str)]
+    paths = [parse_qs(url.query).get("d", [unquote(url.path)])[0] for url in map(urlparse, texts)]
+    name = next((path for path in paths if PurePosixPath(path).suffix.lower() in IMAGE_SUFFIXES), None)
+    if name is None:
+        raise SampleError(f"task {task.get('id')} has {texts}, no image; videos have boxes there, no masks")
     parts = PurePosixPath(one_form(name)).parts
-    for start in range(len(parts)):
-        own = files.get(parts[start:], ())
+    without_hash = (*parts[:-1], re.sub(r"^[0-9a-f]{8}-(?=.)", "", parts[-1]))
+    for own in (files.get(one[start:], ()) for one in (parts, without_hash) for start in range(len(parts))):
         if len(own) == 1:
             return own[0]
         if own:

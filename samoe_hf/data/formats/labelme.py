@@ -22,7 +22,8 @@ from samoe_hf.data.shapes import Part, box, cropped, place, polygons_of
 from . import labels
 from .labels import LabelledFrame
 
-FILLED = {"rectangle": 2, "circle": 2, "oriented_rectangle": 4}  # shapes besides polygons and masks, their points
+# Shapes besides polygons and masks, and how many points each has; X-AnyLabeling gives rectangles four.
+FILLED = {"rectangle": (2, 4), "circle": (2,), "oriented_rectangle": (4,), "rotation": (4,)}
 
 
 def read_labelme(root: str | Path, split: str | None = None) -> VideoList:
@@ -48,9 +49,7 @@ def read_labelme(root: str | Path, split: str | None = None) -> VideoList:
             size = None
             if data.get("imageHeight") is not None:
                 size = (int(data["imageHeight"]), int(data["imageWidth"]))
-            objects = labels.grouped(
-                (str(shape["label"]), _group(shape), _part(shape, path)) for shape in data["shapes"]
-            )
+            objects = labels.grouped((str(one["label"]), _group(one), _part(one, path)) for one in data["shapes"])
             video = path.parent.relative_to(root).as_posix().removeprefix(".")
             frames.append(LabelledFrame(video, image, size, objects, str(path), Path(name).stem))
     return labels.read_frames(labels.name_objects(frames), str(root))
@@ -68,7 +67,7 @@ def _part(shape: dict[str, Any], path: Path) -> Part:
         raise SampleError(f"a polygon {shape['label']!r} has {len(points)} points")
     if kind == "polygon":
         return points.ravel().tolist()
-    if kind not in FILLED or len(points) != FILLED[kind]:
+    if len(points) not in FILLED.get(kind, ()):
         raise SampleError(f"a shape {shape['label']!r} is a {kind} of {len(points)} points, which has no area")
     say_once(f"{path}: a {kind} is filled, as a mask")
     if kind == "circle":

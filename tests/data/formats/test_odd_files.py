@@ -107,7 +107,8 @@ COCO = {
         coco([(0, 1, [SQUARE])], pictures=["v/0.png", "v/1.png"]), {"v": [{1: 48}, None]},
     ),
     "numbers with gaps": (
-        coco([(0, 1, [SQUARE]), (1, 1, [OTHER])], [{"frame_id": 9}, {"frame_id": 4}]), {"v": [{1: 40}, {1: 48}]},
+        coco([(0, 1, [SQUARE]), (1, 1, [OTHER])], [{"frame_id": 9}, {"frame_id": 4, "file_name": r"v\1.png"}]),
+        {"v": [{1: 40}, {1: 48}]},
     ),
     "videos by their ids": (
         coco([(0, 1, [SQUARE]), (1, 1, [OTHER])], [{"video_id": 5}, {"video_id": 6}],
@@ -272,6 +273,9 @@ CVAT = {
         cvat(IMAGE.format(polygon(0) + polygon(0, OTHER, about='group_id="2"') + polygon(0, about='group_id="2"'))),
         {"v/0": [{1: 48, 2: 88}]},
     ),
+    "for images, of a video": (
+        cvat(IMAGE.replace("0.png", "0").format(polygon(0)), 1, names="{}.PNG"), {"v/0": [{1: 48}]},
+    ),
     "turned": (
         cvat(track(1, *ALL), more={f"v/images/{t}.png": picture(SIZE, 8) for t in range(3)}), {"v": [{1: 48}] * 3},
     ),
@@ -346,6 +350,10 @@ LABELME = {
     "turned": (labelme([shape(SQUARE, group=1)]) | {"v/0.png": picture(SIZE, 6)}, {"v": [{1: 48}]}),
     "rectangle": (labelme([shape([10, 8, 2, 2], group=1, kind="rectangle")]), {"v": [{1: 48}]}),
     "turned rectangle": (labelme([shape(SQUARE, group=1, kind="oriented_rectangle")]), {"v": [{1: 48}]}),
+    "boxes of X-AnyLabeling": (
+        labelme([shape(SQUARE, group=1, kind="rotation")], [shape(OTHER, group=1, kind="rectangle")]),
+        {"v": [{1: 48}, {1: 40}]},
+    ),
     "circle": (labelme([shape([20, 15, 20, 7], group=1, kind="circle")]), {"v": [{1: CIRCLE}]}),
     "other size": (labelme({"shapes": [shape(SQUARE, group=1)], "imageWidth": 9}), "labelled as 30 x 9 pixels"),
     "line": (labelme([shape([2, 2, 9, 9], kind="line")]), "is a line of 2 points"),
@@ -383,16 +391,12 @@ def percent(points, label="cat"):
 
 
 RECTANGLE = {
-    "x": 200 / WIDTH,
-    "y": 200 / HEIGHT,
-    "width": 800 / WIDTH,
-    "height": 600 / HEIGHT,
-    "rectanglelabels": ["c"],
-}
+    "x": 200 / WIDTH, "y": 200 / HEIGHT, "width": 800 / WIDTH, "height": 600 / HEIGHT, "rectanglelabels": ["c"],
+}  # fmt: skip
 ELLIPSE = {
     "x": 2000 / WIDTH, "y": 1500 / HEIGHT, "radiusX": 1000 / WIDTH, "radiusY": 600 / HEIGHT, "ellipselabels": ["c"],
 }  # fmt: skip
-TASK = {"id": 1, "data": {"image": "s3://bucket/00000000-0.png"}}
+TASK = {"id": 1, "data": {"note": "as in 1.2", "image": "s3://bucket/00000000-0.png"}}
 STUDIO = {
     "hole": (studio([brush()]), {"": [{1: 154}]}),
     "several regions": (studio([brush("cat 3"), percent(OTHER, "cat 4") | {"id": "r2"}]), {"": [{3: 154, 4: 40}]}),
@@ -428,6 +432,7 @@ STUDIO = {
         | {"a/0.png": picture(), "b/0.png": picture()},
         "'0.png' may be",
     ),
+    "images as before their upload": (studio([brush()], pictures=()) | {"v/0.png": picture()}, {"v": [{1: 154}]}),
     "rectangle": (studio([region(RECTANGLE, kind="rectanglelabels")]), {"": [{1: 48}]}),
     "turned rectangle": (
         studio([region(RECTANGLE | {"rotation": 30}, kind="rectanglelabels")]), "of the type rectanglelabels",
@@ -436,7 +441,7 @@ STUDIO = {
     "image missing": (studio([brush()], pictures=()), "there is no image '00000000-0.png'"),
     "video": (
         studio(tasks=[{"id": 1, "data": {"video": "/a/b.mp4"}, "annotations": [{"result": [brush()]}]}]),
-        "which is no image",
+        "no image; videos have boxes",
     ),
     "other size": (studio([brush(original_height=20)]), "labelled as 20 x 44 pixels"),
     "turned in the tool": (studio([brush(image_rotation=90)]), "turned by 90 degrees"),

@@ -62,6 +62,19 @@ def test_names_of_any_signs_and_decimals_of_frames_are_kept(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_masks_stay_with_their_frames_where_names_are_in_another_order(kind, tmp_path):
+    videos = named_videos(tmp_path / "frames", ["a"], ("2", "0", "1"))
+    (tmp_path / "out").mkdir()
+    kept = write_videos(kind, videos, tmp_path / "out")
+    assert (kept.pixels, kept.lost) == (videos[0].masks(0).sum() * 3, 0)
+    (back,) = load_videos(tmp_path / "out")
+    assert back.frames.names == (["2", "0", "1"] if kind in ("coco", "ytvis") else ["0", "1", "2"])
+    for name in "012":
+        one, two = (own.frames.names.index(name) for own in (videos[0], back))
+        assert np.array_equal(videos[0].masks(one), back.masks(two))
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_videos_without_any_object_are_written_or_refused(kind, tmp_path):
     (video,) = named_videos(tmp_path / "frames", ["a"])
     empty = replace(video, annotations=MaskArrays(np.zeros((3, 0, *SIZE), bool), []))
