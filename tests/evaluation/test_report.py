@@ -116,6 +116,7 @@ def test_several_models_and_seeds_are_told_apart(tmp_path, without_plots):
         ("clicks:3", "that shows it; nothing"),
         ("clicks:3@4", "shows it and on others with an IoU below 0.75; nothing"),
         ("clicks:3@4:look", "shows it and on others that are most worth a look; nothing"),
+        ("mask@4:even", "the object's true mask, on the first annotated frame that shows it and on others at even"),
     ],
 )
 def test_where_to_look_and_what_was_corrected_are_told(tmp_path, without_plots, prompt, said):
