@@ -162,16 +162,17 @@ def test_colours_tell_what_was_found_missed_and_added():
     np.testing.assert_allclose(unknown[20, 52], 0.4 * 255 + 0.6 * np.array(FOUND), atol=1)
 
 
-@pytest.mark.parametrize("num_frames, size", [(1, (31, 45)), (7, (240, 135))])
+@pytest.mark.parametrize("num_frames, size", [(1, (31, 45)), (7, (240, 135)), (2, (700, 30)), (2, (3, 2100))])
 def test_objects_are_drawn_as_video_and_picture(num_frames, size, tmp_path):
     masks = np.zeros((num_frames, 2, *size), dtype=bool)
-    masks[:, 1, 3:20, 3:20] = True
+    masks[:, 1, 1:20, 3:20] = True
     video = Video.from_arrays("v" * 200, np.zeros((num_frames, *size, 3), np.uint8), masks, [4, 9])
     path = tmp_path / "p" / "best_1"
     j, strip = [1.0] * num_frames, list(range(num_frames))[-7:]
     draw_object(video, 9, lambda t: masks[t, 1], range(num_frames), j, strip, "title " * 40, path)
     overlay = read_video(tmp_path / "p" / "best_1.mp4")
-    assert len(overlay) == num_frames and overlay.size[1] == 640
+    assert len(overlay) == num_frames and overlay.size[1] == {30: 82, 2100: 960}.get(size[1], 640)
     legend_and_text = overlay[0][:60]
     assert legend_and_text.mean() > 150 and (legend_and_text < 80).any()
-    assert Image.open(tmp_path / "p" / "best_1.png").size[0] == 972
+    width, height = Image.open(tmp_path / "p" / "best_1.png").size
+    assert width == 972 and height < 2000 and overlay.size[0] < 3000
