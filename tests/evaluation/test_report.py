@@ -30,7 +30,7 @@ def make_results(models=1, seeds=(None,), **options):
         shift = -0.05 * number
         runs = {
             seed: [
-                make_result(np.array([[1, 1], [0.5, 0.9], [0.4, 0.8]]) + shift + 0.01 * i, "a|b", "photos"),
+                make_result(np.array([[1, 1], [0.5, 0.9], [0.4, 0.8]]) + shift + 0.01 * i, "a|<b>", "photos"),
                 make_result(np.array([[1], [0.3], [0.2]]) + shift, "lung", "ct", surface_dice=np.array([0.5 + shift])),
             ]
             for i, seed in enumerate(seeds)
@@ -78,10 +78,10 @@ def test_the_report_has_the_figures(tmp_path):
     assert cells(text, "Results", "ct")["surface Dice"] == "0.500"
     assert cells(text, "Results", "all")["J"] == format_number((0.45 + 0.85 + 0.25) / 3)
     assert "within 2 mm of the other" in cells(text, "All metrics", "surface Dice")["what it is"]
-    assert cells(text, "Videos", r"a\|b")["J"] == "0.650"
+    assert cells(text, "Videos", r"a\|\<b>")["J"] == "0.650" and r"photos, a\|\<b>, object 2; J&F" in text
     assert cells(text, "Objects", "lung")["J"] == "0.250"
     for said in ("`org/model_0`", "`abc123`", "1,234 parameters", "`mask`", "the object's true mask", "torch 2.11",
-                 "YouTube-VOS: for each object", "split `val`", "nothing is drawn: one run",
+                 "YouTube-VOS: for each object", "root `/data`, split `val`", "nothing is drawn: one run",
                  "4 experts of rank 8 per layer"):  # fmt: skip
         assert said in text, said
     assert text.index("Best 1") < text.index("Worst 1")
