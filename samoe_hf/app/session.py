@@ -190,7 +190,7 @@ class TrackingSession:
 
     def id_map(self, frame: int) -> np.ndarray:
         """The objects' ids on a frame, (H, W) uint8, 0 for background; all 0 where nothing was tracked."""
-        return self.masks.read(frame, [object_id for object_id, end in self._until.items() if frame < end])
+        return self.masks.read(frame, self._there(frame))
 
     # --- Where to look
 
@@ -204,13 +204,17 @@ class TrackingSession:
         """Prompted object -> the frame from which on it is gone, or the number of frames."""
         return dict.fromkeys((object_id for object_id, _ in self.prompts), self.num_frames) | self.ends
 
+    def _there(self, frame: int) -> set[int]:
+        """Prompted objects that are not gone from a frame."""
+        return {object_id for object_id, end in self._until.items() if frame < end}
+
     def rows(self, frame: int) -> list[TrackRow]:
         """What is known of the objects on a frame, but for those that are gone."""
-        time, until = self.video.frames.time(frame), self._until
+        time, there = self.video.frames.time(frame), self._there(frame)
         return [
             row._replace(time=time and round(time, 3), prompted=(row.object, frame) in self.prompts)
             for row in self.masks.rows(frame)
-            if frame < until.get(row.object, 0)
+            if row.object in there
         ]
 
     def all_rows(self) -> list[TrackRow]:
@@ -370,10 +374,11 @@ class TrackingSession:
         self._stop.set()
 
     def _store(self, output: Sam2VideoSegmentationOutput, kept: Collection[int] = ()) -> tuple[int, np.ndarray]:
-        """Stores a frame's map, on which objects of `kept` stay as they are; gives frame and map."""
+        """Stores a frame's map, on which objects of `kept`, and those of which nothing new is known, stay as they are;
+        gives frame and map."""
         assert isinstance(output, SamoeTrackingOutput) and output.frame_idx is not None
         check_masks(output, self.loaded.model.dtype)
-        id_map = self._write(self.masks, output, self.loaded, kept)
+        id_map = self._write(self.masks, output, self.loaded, kept, self._there(output.frame_idx))
         self._tell_domain(output)
         return output.frame_idx, id_map
 
@@ -383,18 +388,22 @@ class TrackingSession:
 
     @staticmethod
     def _write(
-        masks: MaskStore, output: Sam2VideoSegmentationOutput, loaded: LoadedModel, kept: Collection[int] = ()
+        masks: MaskStore,
+        output: Sam2VideoSegmentationOutput,
+        loaded: LoadedModel,
+        kept: Collection[int] = (),
+        there: Collection[int] = (),
     ) -> np.ndarray:
         """Writes a frame's map, of which each pixel is the object's of the largest positive logit.
 
-        Objects of `kept` stay as they are in the store, behind the others. One object is at the video's size at a time,
-        so that many objects in a large video do not fill the RAM.
+        Of the objects that are `there`, those of `kept`, and those of which nothing new is known, stay as they are in
+        the store, behind the others. One object is at the video's size at a time, so that many objects in a large video
+        do not fill the RAM.
         """
         assert isinstance(output, SamoeTrackingOutput) and output.object_score_logits is not None
         assert output.object_ids and output.frame_idx is not None and output.pred_masks is not None
         best, ids = np.zeros(masks.size, dtype=np.float32), np.zeros(masks.size, dtype=np.uint8)
-        known = {row.object: row[3:6] for row in masks.rows(output.frame_idx) if row.object in kept}
-        scores = zip(output.object_score_logits, *ObjectScores.of(output), strict=True)
+        known, scores = {}, zip(output.object_score_logits, *ObjectScores.of(output), strict=True)
         for object_id, low, (logit, *sure) in zip(output.object_ids, output.pred_masks.split(1), scores, strict=True):
             if object_id in kept or logit <= NO_OBJ_SCORE:  # nothing is known of it here
                 continue
@@ -403,8 +412,10 @@ class TrackingSession:
             logits = logits.float().cpu().numpy()
             wins = logits > best
             best[wins], ids[wins] = logits[wins], object_id
-        if kept:
-            ids = np.where(ids, ids, masks.read(output.frame_idx, kept))
+        stored = {row.object: row[3:6] for row in masks.rows(output.frame_idx)}
+        if old := {i: sure for i, sure in stored.items() if i in there and i not in known}:
+            known |= old
+            ids = np.where(ids, ids, masks.read(output.frame_idx, old))
         masks.write(output.frame_idx, ids, list(known), ObjectScores(*np.array([*known.values()]).reshape(-1, 3).T))
         return ids
 
