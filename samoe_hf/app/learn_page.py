@@ -159,10 +159,9 @@ class LearnPart(Part):
         left = Side("before", before, session.domain if known else AUTO)
         sides = left, Side(f"after ({after.name})", after, learning.domain)
         comparison = Comparison(session, sides, person.folder, first_prompts_only=True)
-        person.compare(comparison)
-        yield from self.result.run(comparison)
+        yield from self.result.run(person, comparison)
         words = "The model is as before. Left: before. Right: after."
         if learning.has_won:
             session.use(after, learning.domain, comparison.memory_selection)
             words = f"The model is now {after.name}. Left: before. Right: after."
-        yield {self.result.progress: words, **self.track.view(person)}
+        yield {self.result.progress: words, **self.track.view(person), self.track.slider: 0}

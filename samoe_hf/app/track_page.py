@@ -10,6 +10,7 @@ import gradio as gr
 import numpy as np
 
 from samoe_hf.data.image_files import IMAGE_SUFFIXES
+from samoe_hf.errors import InputError
 
 from .exports import export_coco, export_format, export_masks, export_overlay, export_tracks
 from .page_parts import (
@@ -339,16 +340,23 @@ class TrackPart(Part):
         """All frames are tracked, or those from the shown one on or back."""
         session, shown_at, last = person.the_session(), 0.0, None
         where = frame_of(session, frame)
-        for last in session.propagate(direction, where):
-            if time.monotonic() - shown_at >= PREVIEW_SECONDS:
-                shown_at = time.monotonic()
-                yield {
-                    self.frame: draw_frame(session.frame(last.frame), last.id_map),
-                    self.slider: last.frame,
-                    self.progress: f"Tracking: {last.done} of {last.total} frames",
-                    self.stop: gr.Button(interactive=True),
-                    self.hint: "**Tracking.** Stop it as soon as a mask goes wrong, and correct it there.",
-                }
+        try:
+            for last in session.propagate(direction, where):
+                if time.monotonic() - shown_at >= PREVIEW_SECONDS:
+                    shown_at = time.monotonic()
+                    yield {
+                        self.frame: draw_frame(session.frame(last.frame), last.id_map),
+                        self.slider: last.frame,
+                        self.progress: f"Tracking: {last.done} of {last.total} frames",
+                        self.stop: gr.Button(interactive=True),
+                        self.hint: "**Tracking.** Stop it as soon as a mask goes wrong, and correct it there.",
+                    }
+        except (InputError, OSError):
+            if person.session is session:
+                raise
+        if person.session is not session:  # another video was opened, and the files of this one are gone
+            yield {self.progress: ""}
+            return
         words = "Tracked."
         if last is not None and last.done < last.total:
             where, words = last.frame, f"Stopped after {last.done} of {last.total} frames."
