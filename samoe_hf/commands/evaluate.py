@@ -158,7 +158,7 @@ def evaluate(parsed: argparse.Namespace, evaluation: Evaluation, state: PartialS
     entries = {}
     for label, source in masks.items():
         with input_errors():  # these masks are the data
-            entries[label] = evaluation.run_masks(source, label, state)
+            entries[label] = evaluation.run_masks(source, label, state, parsed.overwrite)
     for label, load in models.items():
         entries[label] = evaluation.run_model(
             waiting.pop(label, None) or load(), state, parsed.overwrite, parsed.videos_at_once

@@ -278,15 +278,18 @@ class Evaluation:
 
         return self._run(run, run.identity["model"], self.seeds, evaluate, state, overwrite)
 
-    def run_masks(self, folder: Path, label: str, state: PartialState) -> dict[str, Any] | None:
+    def run_masks(
+        self, folder: Path, label: str, state: PartialState, overwrite: bool = False
+    ) -> dict[str, Any] | None:
         """Scores masks that were written before, always anew; see [`run_model`](Evaluation.run_model).
 
         Args:
             folder: masks in this layout; those of several domains in a folder for each.
             label, state: see [`load_model`](Evaluation.load_model).
+            overwrite: whether results of a model under this label give way.
 
         Raises:
-            InputError: if the folder is missing, or where the results are to be written.
+            InputError: if the folder is missing, or where the results are to be written, or those are of a model.
             FileNotFoundError: if predictions are missing; names them.
         """
         if not folder.is_dir():
@@ -296,6 +299,9 @@ class Evaluation:
             raise InputError(f"{folder}: these predictions would be overwritten; choose another `--output`.")
 
         run = self._folder(label, {"predictions": str(source)}, folder)
+        earlier = run.folder / "run.json"
+        if earlier.is_file() and '"predictions":' not in earlier.read_text():
+            run.check(overwrite)
 
         def evaluate(unfinished: Pairs) -> Iterator[Video]:
             for video, seed in unfinished:
