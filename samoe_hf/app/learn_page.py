@@ -151,9 +151,14 @@ class LearnPart(Part):
             raise InputError("Learning is not done yet.")
         before = learning.loaded
         if learning.learned is None:
-            learning.learned = self.app.add(
-                load_model(str(learning.output), before.model.device, dtype=before.model.dtype)
-            )
+            model = before.model
+            # As the page was told to track.
+            options = {
+                "dtype": model.dtype,
+                "unknown": model.config.unknown,
+                "memory_selection": model.memory_selection,
+            }
+            learning.learned = self.app.add(load_model(str(learning.output), model.device, **options))
         after = learning.learned
         known = session.domain in (None, AUTO, *before.domains)
         left = Side("before", before, session.domain if known else AUTO)
