@@ -57,8 +57,12 @@ def test_two_sides_are_what_sessions_of_their_own_give(prompted, two_domains, si
 
 
 def test_a_comparison_needs_prompts_leaves_corrections_out_and_is_stopped(prompted, session, sides, tmp_path):
-    prompted.click(1, 4, 40, 40)
+    run_all(prompted.propagate())
     prompted.end_object(1, 6)
+    same = Comparison(prompted, (sides[0], sides[0]), tmp_path)
+    run_all(same.run())
+    assert float(same.table()[0][2]) > 0.8  # frames from 6 on, on which it was tracked before, do not count
+    prompted.click(1, 4, 40, 40)
     comparison = Comparison(prompted, sides, tmp_path)
     assert len(comparison.prompts) == 4
     assert {one.frame_idx for one in Comparison(prompted, sides, tmp_path, True).prompts} == {1, 6}
