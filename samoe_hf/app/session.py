@@ -22,7 +22,7 @@ from transformers.models.sam2_video.modeling_sam2_video import NO_OBJ_SCORE, Sam
 from samoe_hf.data.images import read_label_png, write_palette_png
 from samoe_hf.errors import InputError
 from samoe_hf.inference import VideoPrompt, check_masks, check_prompts
-from samoe_hf.model.domain_choice import AUTO
+from samoe_hf.model.domain_choice import AUTO, DomainDecision, session_domain
 from samoe_hf.model.tracking import SamoeTrackingOutput
 from samoe_hf.tracks import ObjectScores, TrackRow, track_rows
 from samoe_hf.video_session import VideoSession
@@ -36,7 +36,7 @@ NOTHING_PROMPTED = "Nothing is prompted yet: click on an object, or draw a box a
 MAX_UNDO, MAX_ID = 50, 255
 ROWS = "rows"  # the key of a mask's text
 NO_SCORES = ObjectScores(*np.zeros((3, 0)))
-UNDONE = ("objects", "prompts", "tracked_domain", "confidence", "unknown")
+UNDONE = ("objects", "prompts")
 
 
 class MaskStore:
@@ -122,8 +122,6 @@ class TrackingSession:
         prompts: (object, frame) -> all that was given of it there, in the order in which it came.
         domain: whose experts it runs, see [`~samoe_hf.video_session.VideoSession`].
         memory_selection: which memories a frame reads, see [`~samoe_hf.video_session.VideoSession`].
-        tracked_domain, confidence, unknown: whose experts the video got last, how sure the gate was, and "nearest" or
-            "mix" if it knows no such video.
     """
 
     def __init__(self, folder: Path, video: OpenedVideo, loaded: LoadedModel, limits: Limits):
@@ -133,9 +131,6 @@ class TrackingSession:
         self.objects: list[int] = []
         self.prompts: dict[tuple[int, int], VideoPrompt] = {}
         self.masks = MaskStore(folder / "masks", video.frames.size)
-        self.tracked_domain: str | None = None
-        self.confidence: float | None = None
-        self.unknown: str | None = None
         self.last_id = 0
         self._busy, self._stop = threading.Lock(), threading.Event()
         # What the session was before each click, box, end or removal, and the frame whose mask that may have changed.
@@ -162,6 +157,11 @@ class TrackingSession:
     def num_frames(self) -> int:
         """How many frames the video has."""
         return len(self.video.frames)
+
+    @property
+    def decision(self) -> DomainDecision | None:
+        """Whose experts the video gets; None where the gate has not decided yet."""
+        return session_domain(self.loaded.model, self._tracking)
 
     @property
     def can_undo(self) -> bool:
@@ -378,13 +378,7 @@ class TrackingSession:
         gives frame and map."""
         assert isinstance(output, SamoeTrackingOutput) and output.frame_idx is not None
         check_masks(output, self.loaded.model.dtype)
-        id_map = self._write(self.masks, output, self.loaded, kept, self._there(output.frame_idx))
-        self._tell_domain(output)
-        return output.frame_idx, id_map
-
-    def _tell_domain(self, output: SamoeTrackingOutput) -> None:
-        self.tracked_domain, self.confidence = output.domain, output.domain_confidence
-        self.unknown = output.domain_unknown
+        return output.frame_idx, self._write(self.masks, output, self.loaded, kept, self._there(output.frame_idx))
 
     @staticmethod
     def _write(
@@ -425,7 +419,7 @@ class TrackingSession:
         """Starts anew with a model and the same prompts: prompted frames are segmented at once, other masks dropped."""
         memory_selection = memory_selection or loaded.model.memory_selection
         with self.exclusive():
-            tracking, output = self._new_tracking(loaded, domain, memory_selection), None
+            tracking = self._new_tracking(loaded, domain, memory_selection)
             by_frame = sorted(self.prompts.values(), key=lambda prompt: prompt.frame_idx)
             masks = MaskStore(Path(tempfile.mkdtemp(dir=self.folder)), self.masks.size)
             try:
@@ -446,7 +440,6 @@ class TrackingSession:
             self._tracking, self.loaded, self.domain, self.masks = tracking, loaded, domain, masks
             self.memory_selection, self._where_to_look = memory_selection, None
             self._undo.clear()
-            self._tell_domain(output or SamoeTrackingOutput())
 
     def restore(self, objects: list[int], prompts: list[VideoPrompt], last_id: int) -> None:
         """Takes over objects and prompts of a project, of a session without any; masks are written to `masks`."""

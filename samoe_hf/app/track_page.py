@@ -88,15 +88,15 @@ def how_tracked(session: TrackingSession | None) -> str:
     memories = f"Memory selection: **{session.memory_selection}**."
     if not session.loaded.domains:
         return memories
-    if not session.masks.frames:
-        return f"{memories} The gate decides on the first click whose experts run."
-    whose = "the base model, no domain's experts" if session.tracked_domain is None else session.tracked_domain
-    if session.confidence is None:
+    if (decision := session.decision) is None:
+        return f"{memories} The gate decides at the next click or tracked frame whose experts run."
+    whose = decision.domain or "the base model, no domain's experts"
+    if decision.confidence is None:
         return f"{memories} Experts: **{whose}**, as you chose."
-    if session.unknown is not None:
-        half = "half of what they add, " if session.unknown == "mix" else ""
+    if decision.unknown is not None:
+        half = "half of what they add, " if decision.unknown == "mix" else ""
         return f"{memories} Experts: **{whose}**, {half}as the nearest: the gate knows no such video."
-    return f"{memories} Experts: **{whose}**, chosen by the gate, {session.confidence:.0%} sure."
+    return f"{memories} Experts: **{whose}**, chosen by the gate, {decision.confidence:.0%} sure."
 
 
 def named(session: TrackingSession, frame: int) -> list[tuple[str, int]]:
