@@ -149,7 +149,7 @@ def evaluate(parsed: argparse.Namespace, evaluation: Evaluation, state: PartialS
     waiting, size = {}, 0
     for label, load in models.items():
         loaded = load()
-        size += loaded.model.get_memory_footprint()
+        size += loaded[0].get_memory_footprint()
         if size <= WAITING_BYTES or not waiting:
             waiting[label] = loaded
         del loaded

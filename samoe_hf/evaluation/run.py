@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import transformers
@@ -38,6 +38,7 @@ from .simulated_user import FIRST_SEED, PromptStrategy
 from .statistics import BOOTSTRAP_SAMPLES, choose_highlights, combine_runs, compare_models, to_json
 
 Pairs = Sequence[tuple[Video, int | None]]  # with a seed
+LoadedRun = tuple[SamoeModel, VideoProcessor, "EvaluationRun"]
 
 SEED_STEP = 1000  # with the first one, as in the original's evaluation
 
@@ -165,14 +166,6 @@ def describe_model(model: SamoeModel, source: str) -> dict[str, Any]:
     }
 
 
-class LoadedRun(NamedTuple):
-    """A model that is ready to track, and the folder of its results."""
-
-    model: SamoeModel
-    processor: VideoProcessor
-    run: EvaluationRun
-
-
 @dataclass(frozen=True)
 class Evaluation:
     """Models and masks of other methods on the same videos, under the same conditions.
@@ -224,7 +217,7 @@ class Evaluation:
     def load_model(
         self, source: str, label: str, state: PartialState, overwrite: bool = False, **options: Any
     ) -> LoadedRun:
-        """Loads a model, and raises what is wrong with it or with its folder.
+        """Loads a model, its processor and the folder of its results, and raises what is wrong with them.
 
         Args:
             source: what `SamoeModel.from_pretrained` takes.
@@ -239,7 +232,7 @@ class Evaluation:
         identity: dict[str, Any] = identity_of(model, processor, source) | {"prompt": str(self.prompt)}
         run = self._folder(label, identity)
         run.check(overwrite)
-        return LoadedRun(model, processor, run)
+        return model, processor, run
 
     def run_model(
         self, loaded: LoadedRun, state: PartialState, overwrite: bool = False, videos_at_once: int | None = 1
