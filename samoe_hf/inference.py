@@ -268,7 +268,7 @@ def check_prompts(prompts: Sequence[VideoPrompt], num_frames: int, size: tuple[i
     for prompt in prompts:
         prompt.check(num_frames, size)
         others = [one.frame_idx for one in prompts if one.object_id == prompt.object_id and one is not prompt]
-        if prompt.end and prompt.frame_idx <= max(others, default=prompt.frame_idx):
+        if prompt.end and prompt.frame_idx <= max(others, default=-1):
             raise InputError(
                 f"The end of object {prompt.object_id} must be after all that is given of it (on the frames "
                 f"{sorted(others)}), got frame {prompt.frame_idx}."

@@ -93,8 +93,10 @@ class Comparison:
         return ["mean IoU", f"{first} and {second}", f"{first} and your masks", f"{second} and your masks"]
 
     def _mean_iou(self, first: MaskStore, second: MaskStore, object_id: int) -> str:
-        values = []
-        for frame in set(self.frames) & first.frames & second.frames:
+        values, ends = [], {one.object_id: one.frame_idx for one in self.prompts if one.end}
+        # What was tracked before an end was given is still in the session's store behind it.
+        frames = (frame for frame in self.frames if frame < ends.get(object_id, len(self._frames)))
+        for frame in first.frames & second.frames & {*frames}:
             a, b = (store.read(frame, [object_id]) > 0 for store in (first, second))
             if (a | b).any():
                 values.append(np.count_nonzero(a & b) / np.count_nonzero(a | b))

@@ -151,18 +151,22 @@ class LearnPart(Part):
             raise InputError("Learning is not done yet.")
         before = learning.loaded
         if learning.learned is None:
-            learning.learned = self.app.add(
-                load_model(str(learning.output), before.model.device, dtype=before.model.dtype)
-            )
+            model = before.model
+            # As the page was told to track.
+            options = {
+                "dtype": model.dtype,
+                "unknown": model.config.unknown,
+                "memory_selection": model.memory_selection,
+            }
+            learning.learned = self.app.add(load_model(str(learning.output), model.device, **options))
         after = learning.learned
         known = session.domain in (None, AUTO, *before.domains)
         left = Side("before", before, session.domain if known else AUTO)
         sides = left, Side(f"after ({after.name})", after, learning.domain)
         comparison = Comparison(session, sides, person.folder, first_prompts_only=True)
-        person.compare(comparison)
-        yield from self.result.run(comparison)
+        yield from self.result.run(person, comparison)
         words = "The model is as before. Left: before. Right: after."
         if learning.has_won:
             session.use(after, learning.domain, comparison.memory_selection)
             words = f"The model is now {after.name}. Left: before. Right: after."
-        yield {self.result.progress: words, **self.track.view(person)}
+        yield {self.result.progress: words, **self.track.view(person), self.track.slider: 0}

@@ -31,14 +31,19 @@ class SideBySide(Part):
         self.shown = {self.progress, self.both, self.slider, self.table}
         self.on(self.slider.input, self.show, [self.slider], {self.both}, trigger_mode="always_last", **QUICK)
 
-    def run(self, comparison: Comparison) -> Iterator[Shown]:
-        """Runs a comparison and shows how far it is; then what came of it."""
+    def run(self, person: Person, comparison: Comparison) -> Iterator[Shown]:
+        """Runs a person's comparison and shows how far it is; then what came of it."""
+        person.compare(comparison)
         shown_at = 0.0
-        for step in comparison.run():
-            if time.monotonic() - shown_at >= PREVIEW_SECONDS:
-                shown_at = time.monotonic()
-                yield {self.progress: f"Tracking with both: {step.done} of {step.total} frames"}
-        frames = comparison.frames
+        try:
+            for step in comparison.run():
+                if time.monotonic() - shown_at >= PREVIEW_SECONDS:
+                    shown_at = time.monotonic()
+                    yield {self.progress: f"Tracking with both: {step.done} of {step.total} frames"}
+        except (InputError, OSError):
+            if person.comparison is comparison:
+                raise
+        frames = comparison.frames if person.comparison is comparison else []  # else the files of this one are gone
         if not frames:
             yield {self.progress: "Stopped before both had tracked a frame."}
             return
@@ -188,8 +193,7 @@ class LookPart(Part):
         session, sides = person.the_session(), self.sides(person)
         pair = sides[one_of(first, sides, "left")], sides[one_of(second, sides, "right")]
         comparison = Comparison(session, pair, person.folder, only_first is True)
-        person.compare(comparison)
-        yield from self.result.run(comparison)
+        yield from self.result.run(person, comparison)
 
     def stop_comparison(self, person: Person) -> None:
         """Stop was pressed."""

@@ -22,7 +22,7 @@ from transformers.models.sam2_video.modeling_sam2_video import NO_OBJ_SCORE, Sam
 from samoe_hf.data.images import read_label_png, write_palette_png
 from samoe_hf.errors import InputError
 from samoe_hf.inference import VideoPrompt, check_masks, check_prompts
-from samoe_hf.model.domain_choice import AUTO
+from samoe_hf.model.domain_choice import AUTO, DomainDecision, session_domain
 from samoe_hf.model.tracking import SamoeTrackingOutput
 from samoe_hf.tracks import ObjectScores, TrackRow, track_rows
 from samoe_hf.video_session import VideoSession
@@ -36,7 +36,7 @@ NOTHING_PROMPTED = "Nothing is prompted yet: click on an object, or draw a box a
 MAX_UNDO, MAX_ID = 50, 255
 ROWS = "rows"  # the key of a mask's text
 NO_SCORES = ObjectScores(*np.zeros((3, 0)))
-UNDONE = ("objects", "prompts", "tracked_domain", "confidence", "unknown")
+UNDONE = ("objects", "prompts")
 
 
 class MaskStore:
@@ -122,8 +122,6 @@ class TrackingSession:
         prompts: (object, frame) -> all that was given of it there, in the order in which it came.
         domain: whose experts it runs, see [`~samoe_hf.video_session.VideoSession`].
         memory_selection: which memories a frame reads, see [`~samoe_hf.video_session.VideoSession`].
-        tracked_domain, confidence, unknown: whose experts the video got last, how sure the gate was, and "nearest" or
-            "mix" if it knows no such video.
     """
 
     def __init__(self, folder: Path, video: OpenedVideo, loaded: LoadedModel, limits: Limits):
@@ -133,9 +131,6 @@ class TrackingSession:
         self.objects: list[int] = []
         self.prompts: dict[tuple[int, int], VideoPrompt] = {}
         self.masks = MaskStore(folder / "masks", video.frames.size)
-        self.tracked_domain: str | None = None
-        self.confidence: float | None = None
-        self.unknown: str | None = None
         self.last_id = 0
         self._busy, self._stop = threading.Lock(), threading.Event()
         # What the session was before each click, box, end or removal, and the frame whose mask that may have changed.
@@ -164,6 +159,11 @@ class TrackingSession:
         return len(self.video.frames)
 
     @property
+    def decision(self) -> DomainDecision | None:
+        """Whose experts the video gets; None where the gate has not decided yet."""
+        return session_domain(self.loaded.model, self._tracking)
+
+    @property
     def can_undo(self) -> bool:
         """Whether there is something that [`undo`] takes back."""
         return bool(self._undo)
@@ -190,7 +190,7 @@ class TrackingSession:
 
     def id_map(self, frame: int) -> np.ndarray:
         """The objects' ids on a frame, (H, W) uint8, 0 for background; all 0 where nothing was tracked."""
-        return self.masks.read(frame, [object_id for object_id, end in self._until.items() if frame < end])
+        return self.masks.read(frame, self._there(frame))
 
     # --- Where to look
 
@@ -204,13 +204,17 @@ class TrackingSession:
         """Prompted object -> the frame from which on it is gone, or the number of frames."""
         return dict.fromkeys((object_id for object_id, _ in self.prompts), self.num_frames) | self.ends
 
+    def _there(self, frame: int) -> set[int]:
+        """Prompted objects that are not gone from a frame."""
+        return {object_id for object_id, end in self._until.items() if frame < end}
+
     def rows(self, frame: int) -> list[TrackRow]:
         """What is known of the objects on a frame, but for those that are gone."""
-        time, until = self.video.frames.time(frame), self._until
+        time, there = self.video.frames.time(frame), self._there(frame)
         return [
             row._replace(time=time and round(time, 3), prompted=(row.object, frame) in self.prompts)
             for row in self.masks.rows(frame)
-            if frame < until.get(row.object, 0)
+            if row.object in there
         ]
 
     def all_rows(self) -> list[TrackRow]:
@@ -370,31 +374,30 @@ class TrackingSession:
         self._stop.set()
 
     def _store(self, output: Sam2VideoSegmentationOutput, kept: Collection[int] = ()) -> tuple[int, np.ndarray]:
-        """Stores a frame's map, on which objects of `kept` stay as they are; gives frame and map."""
+        """Stores a frame's map, on which objects of `kept`, and those of which nothing new is known, stay as they are;
+        gives frame and map."""
         assert isinstance(output, SamoeTrackingOutput) and output.frame_idx is not None
         check_masks(output, self.loaded.model.dtype)
-        id_map = self._write(self.masks, output, self.loaded, kept)
-        self._tell_domain(output)
-        return output.frame_idx, id_map
-
-    def _tell_domain(self, output: SamoeTrackingOutput) -> None:
-        self.tracked_domain, self.confidence = output.domain, output.domain_confidence
-        self.unknown = output.domain_unknown
+        return output.frame_idx, self._write(self.masks, output, self.loaded, kept, self._there(output.frame_idx))
 
     @staticmethod
     def _write(
-        masks: MaskStore, output: Sam2VideoSegmentationOutput, loaded: LoadedModel, kept: Collection[int] = ()
+        masks: MaskStore,
+        output: Sam2VideoSegmentationOutput,
+        loaded: LoadedModel,
+        kept: Collection[int] = (),
+        there: Collection[int] = (),
     ) -> np.ndarray:
         """Writes a frame's map, of which each pixel is the object's of the largest positive logit.
 
-        Objects of `kept` stay as they are in the store, behind the others. One object is at the video's size at a time,
-        so that many objects in a large video do not fill the RAM.
+        Of the objects that are `there`, those of `kept`, and those of which nothing new is known, stay as they are in
+        the store, behind the others. One object is at the video's size at a time, so that many objects in a large video
+        do not fill the RAM.
         """
         assert isinstance(output, SamoeTrackingOutput) and output.object_score_logits is not None
         assert output.object_ids and output.frame_idx is not None and output.pred_masks is not None
         best, ids = np.zeros(masks.size, dtype=np.float32), np.zeros(masks.size, dtype=np.uint8)
-        known = {row.object: row[3:6] for row in masks.rows(output.frame_idx) if row.object in kept}
-        scores = zip(output.object_score_logits, *ObjectScores.of(output), strict=True)
+        known, scores = {}, zip(output.object_score_logits, *ObjectScores.of(output), strict=True)
         for object_id, low, (logit, *sure) in zip(output.object_ids, output.pred_masks.split(1), scores, strict=True):
             if object_id in kept or logit <= NO_OBJ_SCORE:  # nothing is known of it here
                 continue
@@ -403,8 +406,10 @@ class TrackingSession:
             logits = logits.float().cpu().numpy()
             wins = logits > best
             best[wins], ids[wins] = logits[wins], object_id
-        if kept:
-            ids = np.where(ids, ids, masks.read(output.frame_idx, kept))
+        stored = {row.object: row[3:6] for row in masks.rows(output.frame_idx)}
+        if old := {i: sure for i, sure in stored.items() if i in there and i not in known}:
+            known |= old
+            ids = np.where(ids, ids, masks.read(output.frame_idx, old))
         masks.write(output.frame_idx, ids, list(known), ObjectScores(*np.array([*known.values()]).reshape(-1, 3).T))
         return ids
 
@@ -414,7 +419,7 @@ class TrackingSession:
         """Starts anew with a model and the same prompts: prompted frames are segmented at once, other masks dropped."""
         memory_selection = memory_selection or loaded.model.memory_selection
         with self.exclusive():
-            tracking, output = self._new_tracking(loaded, domain, memory_selection), None
+            tracking = self._new_tracking(loaded, domain, memory_selection)
             by_frame = sorted(self.prompts.values(), key=lambda prompt: prompt.frame_idx)
             masks = MaskStore(Path(tempfile.mkdtemp(dir=self.folder)), self.masks.size)
             try:
@@ -435,7 +440,6 @@ class TrackingSession:
             self._tracking, self.loaded, self.domain, self.masks = tracking, loaded, domain, masks
             self.memory_selection, self._where_to_look = memory_selection, None
             self._undo.clear()
-            self._tell_domain(output or SamoeTrackingOutput())
 
     def restore(self, objects: list[int], prompts: list[VideoPrompt], last_id: int) -> None:
         """Takes over objects and prompts of a project, of a session without any; masks are written to `masks`."""

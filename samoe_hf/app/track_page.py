@@ -10,6 +10,7 @@ import gradio as gr
 import numpy as np
 
 from samoe_hf.data.image_files import IMAGE_SUFFIXES
+from samoe_hf.errors import InputError
 
 from .exports import export_coco, export_format, export_masks, export_overlay, export_tracks
 from .page_parts import (
@@ -87,15 +88,15 @@ def how_tracked(session: TrackingSession | None) -> str:
     memories = f"Memory selection: **{session.memory_selection}**."
     if not session.loaded.domains:
         return memories
-    if not session.masks.frames:
-        return f"{memories} The gate decides on the first click whose experts run."
-    whose = "the base model, no domain's experts" if session.tracked_domain is None else session.tracked_domain
-    if session.confidence is None:
+    if (decision := session.decision) is None:
+        return f"{memories} The gate decides at the next click or tracked frame whose experts run."
+    whose = decision.domain or "the base model, no domain's experts"
+    if decision.confidence is None:
         return f"{memories} Experts: **{whose}**, as you chose."
-    if session.unknown is not None:
-        half = "half of what they add, " if session.unknown == "mix" else ""
+    if decision.unknown is not None:
+        half = "half of what they add, " if decision.unknown == "mix" else ""
         return f"{memories} Experts: **{whose}**, {half}as the nearest: the gate knows no such video."
-    return f"{memories} Experts: **{whose}**, chosen by the gate, {session.confidence:.0%} sure."
+    return f"{memories} Experts: **{whose}**, chosen by the gate, {decision.confidence:.0%} sure."
 
 
 def named(session: TrackingSession, frame: int) -> list[tuple[str, int]]:
@@ -339,16 +340,23 @@ class TrackPart(Part):
         """All frames are tracked, or those from the shown one on or back."""
         session, shown_at, last = person.the_session(), 0.0, None
         where = frame_of(session, frame)
-        for last in session.propagate(direction, where):
-            if time.monotonic() - shown_at >= PREVIEW_SECONDS:
-                shown_at = time.monotonic()
-                yield {
-                    self.frame: draw_frame(session.frame(last.frame), last.id_map),
-                    self.slider: last.frame,
-                    self.progress: f"Tracking: {last.done} of {last.total} frames",
-                    self.stop: gr.Button(interactive=True),
-                    self.hint: "**Tracking.** Stop it as soon as a mask goes wrong, and correct it there.",
-                }
+        try:
+            for last in session.propagate(direction, where):
+                if time.monotonic() - shown_at >= PREVIEW_SECONDS:
+                    shown_at = time.monotonic()
+                    yield {
+                        self.frame: draw_frame(session.frame(last.frame), last.id_map),
+                        self.slider: last.frame,
+                        self.progress: f"Tracking: {last.done} of {last.total} frames",
+                        self.stop: gr.Button(interactive=True),
+                        self.hint: "**Tracking.** Stop it as soon as a mask goes wrong, and correct it there.",
+                    }
+        except (InputError, OSError):
+            if person.session is session:
+                raise
+        if person.session is not session:  # another video was opened, and the files of this one are gone
+            yield {self.progress: ""}
+            return
         words = "Tracked."
         if last is not None and last.done < last.total:
             where, words = last.frame, f"Stopped after {last.done} of {last.total} frames."

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from accelerate import PartialState
 
     from samoe_hf.evaluation.run import Evaluation
+
+WAITING_BYTES = 2**30  # of models that are kept from their check until their turn; larger ones are loaded twice
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -140,19 +143,26 @@ def evaluate(parsed: argparse.Namespace, evaluation: Evaluation, state: PartialS
             masks[label] = source
         else:
             own = of_original if is_original_checkpoint(source) or not has_original else {}
-            models[label] = source, {**own, **options.tracking_options(parsed, selection)}
+            own = {**own, **options.tracking_options(parsed, selection)}
+            models[label] = partial(evaluation.load_model, source, label, state, parsed.overwrite, **own)
     # What is wrong with a model or with masks is found before minutes of tracking, and before results are removed.
-    for label, (source, own) in [*models.items()][not parsed.overwrite :]:
-        evaluation.check_model(source, label, state, parsed.overwrite, **own)
+    waiting, size = {}, 0
+    for label, load in models.items():
+        loaded = load()
+        size += loaded[0].get_memory_footprint()
+        if size <= WAITING_BYTES or not waiting:
+            waiting[label] = loaded
+        del loaded
     if parsed.overwrite and state.is_main_process:
         (parsed.output / "results.json").unlink(missing_ok=True)
     entries = {}
     for label, source in masks.items():
         with input_errors():  # these masks are the data
-            entries[label] = evaluation.run_masks(source, label, state)
-    for label, (source, own) in models.items():
-        own["videos_at_once"] = parsed.videos_at_once
-        entries[label] = evaluation.run_model(source, label, state, parsed.overwrite, **own)
+            entries[label] = evaluation.run_masks(source, label, state, parsed.overwrite)
+    for label, load in models.items():
+        entries[label] = evaluation.run_model(
+            waiting.pop(label, None) or load(), state, parsed.overwrite, parsed.videos_at_once
+        )
     if not state.is_main_process:
         return
     results = evaluation.results([entries[label] for label in labels], state)

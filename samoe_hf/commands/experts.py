@@ -94,6 +94,8 @@ def print_usage(usage: ExpertUsage, dead_share: float) -> None:
 def run(parsed: argparse.Namespace) -> None:
     from samoe_hf.one_writer import OneWriter
 
+    if not 0 <= parsed.dead_share <= 1:
+        raise InputError(f"`--dead-share` must be from 0 to 1, got {parsed.dead_share}.")
     videos = options.open_dataset(parsed).videos()
     chosen = choose_videos(videos, parsed.routing_video, parsed.routing_object)
     model, processor = options.load_model(parsed, parsed.device)

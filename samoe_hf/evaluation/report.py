@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,11 @@ def format_number(value: float | None, digits: int = 3, sign: str = "") -> str:
     return NO_NUMBER if value is None or value != value else f"{round(value, digits) + 0.0:{sign}.{digits}f}"
 
 
+def plain(text: str) -> str:
+    """A name for Markdown in which its characters, and those of HTML, mean nothing."""
+    return re.sub(r"[\\`*<|\[\]]", r"\\\g<0>", text)
+
+
 def format_table(
     heading: Sequence[str], rows: Iterable[Sequence[object]], markdown: bool = False, left: Collection[int] = (0,)
 ) -> str:
@@ -33,7 +39,7 @@ def format_table(
     lines = [list(heading), *(list(map(str, row)) for row in rows)]
     columns = range(len(heading))
     if markdown:
-        lines = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+        lines = [list(map(plain, line)) for line in lines]
         lines.insert(1, ["---" if column in left else "---:" for column in columns])
         return "\n".join("| " + " | ".join(line) + " |" for line in lines)
     widths = [max(len(line[column]) for line in lines) for column in columns]
@@ -123,7 +129,7 @@ def write_evaluation_report(results: Mapping[str, Any], folder: str | Path) -> P
         "left_out": describe_left_out(models[0]),
     }
     template = Template(TEMPLATE.read_text(encoding="utf-8"), trim_blocks=True, lstrip_blocks=True)
-    write_text(folder / "report.md", template.render({**results, **shown}).strip() + "\n")
+    write_text(folder / "report.md", template.render({**results, **shown, "plain": plain}).strip() + "\n")
     return folder / "report.md"
 
 

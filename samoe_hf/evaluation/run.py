@@ -38,6 +38,7 @@ from .simulated_user import FIRST_SEED, PromptStrategy
 from .statistics import BOOTSTRAP_SAMPLES, choose_highlights, combine_runs, compare_models, to_json
 
 Pairs = Sequence[tuple[Video, int | None]]  # with a seed
+LoadedRun = tuple[SamoeModel, VideoProcessor, "EvaluationRun"]
 
 SEED_STEP = 1000  # with the first one, as in the original's evaluation
 
@@ -213,29 +214,39 @@ class Evaluation:
             if self.groups and (missing := [one for one in objects if one not in self.groups]):
                 raise InputError(f"`groups` has none for the objects {missing} of {video_key(video)}.")
 
-    def run_model(
-        self,
-        source: str,
-        label: str,
-        state: PartialState,
-        overwrite: bool = False,
-        videos_at_once: int | None = 1,
-        **options: Any,
-    ) -> dict[str, Any] | None:
-        """Tracks the videos that have no result yet.
+    def load_model(
+        self, source: str, label: str, state: PartialState, overwrite: bool = False, **options: Any
+    ) -> LoadedRun:
+        """Loads a model, its processor and the folder of its results, and raises what is wrong with them.
 
         Args:
             source: what `SamoeModel.from_pretrained` takes.
             label: a short name.
             state: the processes, and this one's device.
             overwrite: see [`EvaluationRun.start`].
-            videos_at_once: so many are tracked in one batch, see [`~samoe_hf.together.choose_videos_at_once`].
             options: further arguments of [`~samoe_hf.inference.load_tracker`].
+        """
+        assert state.device is not None
+        with input_errors(source):
+            model, processor = load_tracker(source, state.device, **options)
+        identity: dict[str, Any] = identity_of(model, processor, source) | {"prompt": str(self.prompt)}
+        run = self._folder(label, identity)
+        run.check(overwrite)
+        return model, processor, run
+
+    def run_model(
+        self, loaded: LoadedRun, state: PartialState, overwrite: bool = False, videos_at_once: int | None = 1
+    ) -> dict[str, Any] | None:
+        """Tracks the videos that have no result yet.
+
+        Args:
+            loaded: see [`load_model`](Evaluation.load_model), and there also for `state` and `overwrite`.
+            videos_at_once: so many are tracked in one batch, see [`~samoe_hf.together.choose_videos_at_once`].
 
         Returns:
             The model's entry in the results; None in processes other than the main one.
         """
-        model, processor, run = self._load(source, label, state, **options)
+        model, processor, run = loaded
         together = Together(model, choose_videos_at_once(model, videos_at_once))
 
         def work(video: Video, seed: int | None) -> Work[Video]:
@@ -260,29 +271,18 @@ class Evaluation:
 
         return self._run(run, run.identity["model"], self.seeds, evaluate, state, overwrite)
 
-    def check_model(self, source: str, label: str, state: PartialState, overwrite: bool = False, **options) -> None:
-        """Raises what [`run_model`](Evaluation.run_model) would before it tracks."""
-        *_, run = self._load(source, label, state, **options)
-        run.check(overwrite)
-
-    def _load(
-        self, source: str, label: str, state: PartialState, **options: Any
-    ) -> tuple[SamoeModel, VideoProcessor, EvaluationRun]:
-        assert state.device is not None
-        with input_errors(source):
-            model, processor = load_tracker(source, state.device, **options)
-        identity: dict[str, Any] = identity_of(model, processor, source) | {"prompt": str(self.prompt)}
-        return model, processor, self._folder(label, identity)
-
-    def run_masks(self, folder: Path, label: str, state: PartialState) -> dict[str, Any] | None:
+    def run_masks(
+        self, folder: Path, label: str, state: PartialState, overwrite: bool = False
+    ) -> dict[str, Any] | None:
         """Scores masks that were written before, always anew; see [`run_model`](Evaluation.run_model).
 
         Args:
             folder: masks in this layout; those of several domains in a folder for each.
-            label, state: see [`run_model`](Evaluation.run_model), and also for what is returned.
+            label, state: see [`load_model`](Evaluation.load_model).
+            overwrite: whether results of a model under this label give way.
 
         Raises:
-            InputError: if the folder is missing, or where the results are to be written.
+            InputError: if the folder is missing, or where the results are to be written, or those are of a model.
             FileNotFoundError: if predictions are missing; names them.
         """
         if not folder.is_dir():
@@ -292,6 +292,9 @@ class Evaluation:
             raise InputError(f"{folder}: these predictions would be overwritten; choose another `--output`.")
 
         run = self._folder(label, {"predictions": str(source)}, folder)
+        earlier = run.folder / "run.json"
+        if earlier.is_file() and '"predictions":' not in earlier.read_text():
+            run.check(overwrite)
 
         def evaluate(unfinished: Pairs) -> Iterator[Video]:
             for video, seed in unfinished:

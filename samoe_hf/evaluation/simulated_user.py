@@ -322,10 +322,12 @@ class SimulatedUser:
         rows, annotated = [], np.array(self.video.annotated_frames)
         yield from through(self._pass(), lambda reading: rows.extend(self._rows(reading, reading.logits > 0)))
         count = self.strategy.num_frames - 1
+        if not rows:  # nothing was prompted
+            return
         if self.strategy.corrections == "look":
             chosen = [look.frame for look in where_to_look(rows, count, least=0)]
         else:
-            chosen = np.linspace(min((row.frame for row in rows), default=0), len(self.video) - 1, count + 2)[1:-1]
+            chosen = np.linspace(min(row.frame for row in rows), len(self.video) - 1, count + 2)[1:-1]
         for frame_idx in dict.fromkeys(int(annotated[np.abs(annotated - t).argmin()]) for t in chosen):
             tracked = self.model.steps_from_prompts(self._session, frame_idx)
             while isinstance(output := next(tracked), TrackingStep):

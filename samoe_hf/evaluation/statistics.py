@@ -149,6 +149,7 @@ def _over_time(results: Sequence[VideoResult], num_runs: int) -> dict[str, list[
         (frame - result.frames[first], result.scores.j[row, column])
         for result in results
         for column, first in enumerate((result.scores.target_area > 0).argmax(axis=0))
+        if result.scores.target_area[first, column]  # some are never there
         for row, frame in enumerate(result.frames[first + 1 :], first + 1)
     ]
     by_frame = pd.DataFrame(table, columns=["frame", "j"], dtype=float).groupby("frame").j

@@ -8,13 +8,14 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 from matplotlib.ticker import LogLocator, NullFormatter
+from PIL import Image, ImageOps
 
 from samoe_hf.data.images import read_pixels
 
 from .evaluation import LINES
-from .masks import DPI, plain_text, resized
+from .masks import DPI, plain_text
 
-EXAMPLE_HEIGHT = 48  # at most, in points; the table is some TABLE_POINTS high
+EXAMPLE_HEIGHT = 48  # at most, in points, and twice as wide; the table is some TABLE_POINTS high
 TABLE_POINTS = 240
 # Of more domains numbers cannot be read.
 MAX_NUMBERS = 16
@@ -31,7 +32,8 @@ def draw_domains(names: Sequence[str], distances: np.ndarray, examples: Mapping[
     """
     known = np.isfinite(distances.diagonal())
     names, distances = [*compress(names, known)], distances[known][:, known]
-    figure = Figure(figsize=(11, 5), layout="constrained")
+    more = 0.09 * max(0, max(map(len, names), default=0) - 20)  # inches, for names longer than most
+    figure = Figure(figsize=(11 + 2 * more, 5 + more), layout="constrained")
     chart, table = figure.subplots(1, 2)
     places = _placed(np.log1p((distances + distances.T) / 2))
     for number, (name, (x, y)) in enumerate(zip(names, places, strict=True)):
@@ -52,9 +54,9 @@ def draw_domains(names: Sequence[str], distances: np.ndarray, examples: Mapping[
     height = min(EXAMPLE_HEIGHT, TABLE_POINTS / len(names))
     for row, name in enumerate(names):
         if name in examples:
-            picture = read_pixels(examples[name])
-            picture, _ = resized(picture, np.zeros(picture.shape[:2], dtype=bool), EXAMPLE_HEIGHT)
-            image, right = OffsetImage(picture, zoom=height / EXAMPLE_HEIGHT), 1.02 * len(names) - 0.5
+            picture = Image.fromarray(read_pixels(examples[name]))
+            picture = ImageOps.contain(picture, (2 * EXAMPLE_HEIGHT, EXAMPLE_HEIGHT))
+            image, right = OffsetImage(np.asarray(picture), zoom=height / EXAMPLE_HEIGHT), 1.02 * len(names) - 0.5
             options = {"box_alignment": (0, 0.5), "frameon": False, "pad": 0.2, "annotation_clip": False}
             table.add_artist(AnnotationBbox(image, (right, row), **options))
     if len(names) <= MAX_NUMBERS:

@@ -23,8 +23,8 @@ STYLES = ("-", "--", "-.", ":")
 FOUND, MISSED, ADDED = (0, 114, 178), (240, 228, 66), (213, 94, 0)
 # Name, colour, and direction of the hatching in which what is wrong is drawn.
 LEGEND = (("found", FOUND, None), ("missed", MISSED, 0), ("too much", ADDED, 1))
-MIN_WIDTH, MAX_WIDTH = 640, 960
-STRIP_FRAMES = 6
+MIN_WIDTH, MAX_WIDTH, MAX_HEIGHT = 640, 960, 1920
+STRIP_FRAMES, STRIP_WIDTH, STRIP_HEIGHT = 6, 320, 640
 
 
 @plain_text
@@ -91,7 +91,7 @@ def compare_masks(frame: np.ndarray, prediction: np.ndarray, target: np.ndarray 
     What was found is tinted; what was missed and what is too much are hatched in two directions. Without a target, all
     of the prediction counts as found. The frame is (H, W, 3) uint8, masks are (H, W) bool, the width is in pixels.
     """
-    size = (width, round(width * frame.shape[0] / frame.shape[1]))
+    size = (width, max(1, round(width * frame.shape[0] / frame.shape[1])))
     gray = Image.fromarray(frame).convert("L").convert("RGB").resize(size, Image.Resampling.BICUBIC)
     picture = np.array(gray)
     prediction = _resize(prediction, size)
@@ -147,8 +147,10 @@ def draw_object(
         path: of both files, without suffix.
     """
     path = Path(path)
-    width = min(max(video.size[1], MIN_WIDTH), MAX_WIDTH)
     iou = dict(zip(video.annotated_frames, j, strict=True))
+
+    def fitted(width: int, height: int) -> int:
+        return max(1, min(width, height * video.size[1] // video.size[0]))
 
     def picture(frame: int, width: int) -> Image.Image:
         target = video.masks(frame, [object_id])[0] if frame in iou else None
@@ -163,18 +165,19 @@ def draw_object(
             yield captioned(np.asarray(picture(frame, width)), [title, caption(frame, 3)], _swatches())
 
     path.parent.mkdir(parents=True, exist_ok=True)
+    width = fitted(min(max(video.size[1], MIN_WIDTH), MAX_WIDTH), MAX_HEIGHT)
     fps = video.frames.fps or (24 if len(frames) > 48 else 6)
     write_video(path.with_name(f"{path.name}.mp4"), overlays(), fps=fps)
 
     shown = [strip[i] for i in np.linspace(0, len(strip) - 1, min(STRIP_FRAMES, len(strip))).round().astype(int)]
-    pictures, captions = [picture(frame, 320) for frame in shown], [caption(frame, 2) for frame in shown]
-    _strip(pictures, captions, title).save(path.with_name(f"{path.name}.png"))
+    pictures = [picture(frame, fitted(STRIP_WIDTH, STRIP_HEIGHT)) for frame in shown]
+    _strip(pictures, [caption(frame, 2) for frame in shown], title).save(path.with_name(f"{path.name}.png"))
 
 
 def _strip(pictures: Sequence[Image.Image], names: Sequence[str], title: str) -> Image.Image:
     """Pictures of one size in rows of three, each under its name, with title and legend."""
     columns, label = 3, 20
-    width, height = pictures[0].size
+    width, height = STRIP_WIDTH, pictures[0].height
     rows = -(-len(pictures) // columns)
     grid = Image.new("RGB", (columns * (width + 6) - 6, rows * (height + label + 4)), "white")
     draw, font = ImageDraw.Draw(grid), ImageFont.load_default(14)

@@ -164,8 +164,8 @@ def routing_video(
 def _pictures(
     frame: np.ndarray, mask: np.ndarray, experts: np.ndarray, shown: Sequence[int], height: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A frame with its mask, and with the experts, at a height in pixels."""
-    frame, mask = resized(frame, mask, height)
+    """A frame with its mask, and with the experts, at a height in pixels, or lower if it is wider than two of these."""
+    frame, mask = resized(frame, mask, max(1, min(height, 2 * height * frame.shape[0] // frame.shape[1])))
     return overlay_masks(frame, mask.astype(np.uint8), show_ids=False), _overlay_experts(frame, mask, experts, shown)
 
 

@@ -100,6 +100,9 @@ def test_a_project_opens_as_it_was_and_goes_on(tracked, project, tmp_path, small
     assert tracked.all_rows() == opened.all_rows() and tracked.looks == opened.looks
     given = [{key: prompt.inputs() for key, prompt in one.prompts.items()} for one in (tracked, opened)]
     assert given[0] == given[1] and len(given[0]) == 3 and opened.ends == {2: 6}
+    run_all(opened.propagate("forward", 0))  # nothing new is known of frames before the first prompt
+    assert maps_of(tracked)[:2].any() and (maps_of(opened)[:2] == maps_of(tracked)[:2]).all()
+    assert [opened.rows(t) for t in (0, 1)] == [tracked.rows(t) for t in (0, 1)]
     assert opened.add_object() == 4
     run_all(opened.propagate())
     opened.click(1, 4, 40, 40)

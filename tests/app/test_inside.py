@@ -1,5 +1,7 @@
 """Comparisons, what the experts do on a frame, and pictures."""
 
+from unittest.mock import Mock
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from samoe_hf.analysis.usage import RouterSums
 from samoe_hf.app.comparison import Comparison, Side
 from samoe_hf.app.experts_view import look_at_experts
 from samoe_hf.app.models import BASE, GATE, LoadedModel
+from samoe_hf.app.people import Person
 from samoe_hf.app.pictures import draw_frame, jpeg_url, shown_size, to_video
 from samoe_hf.inference import VideoPrompt
 from samoe_hf.model.domain_experts import module_layer
@@ -54,8 +57,12 @@ def test_two_sides_are_what_sessions_of_their_own_give(prompted, two_domains, si
 
 
 def test_a_comparison_needs_prompts_leaves_corrections_out_and_is_stopped(prompted, session, sides, tmp_path):
-    prompted.click(1, 4, 40, 40)
+    run_all(prompted.propagate())
     prompted.end_object(1, 6)
+    same = Comparison(prompted, (sides[0], sides[0]), tmp_path)
+    run_all(same.run())
+    assert float(same.table()[0][2]) > 0.8  # frames from 6 on, on which it was tracked before, do not count
+    prompted.click(1, 4, 40, 40)
     comparison = Comparison(prompted, sides, tmp_path)
     assert len(comparison.prompts) == 4
     assert {one.frame_idx for one in Comparison(prompted, sides, tmp_path, True).prompts} == {1, 6}
@@ -65,6 +72,27 @@ def test_a_comparison_needs_prompts_leaves_corrections_out_and_is_stopped(prompt
     assert next(steps, None) is None and comparison.frames == [] and comparison.table()[0][1] == "–"
     with pytest.raises(ValueError, match="Nothing is prompted"):
         Comparison(session, sides, tmp_path)
+
+
+def test_what_is_tracked_ends_without_an_error_where_another_video_is_opened(prompted, sides, tmp_path):
+    pytest.importorskip("gradio", reason="needs the `app` extra")
+    from samoe_hf.app.look_page import SideBySide
+    from samoe_hf.app.track_page import TrackPart
+
+    track, both = Mock(spec=TrackPart), Mock(spec=SideBySide)
+    for part in (track, both):
+        vars(part).update(dict.fromkeys(("frame", "slider", "progress", "stop", "hint"), None), progress="progress")
+    for begin in (
+        lambda person: TrackPart.run(track, "whole", person, 0),
+        lambda person: SideBySide.run(both, person, Comparison(prompted, sides, tmp_path)),
+    ):
+        person = Person("secret", tmp_path)
+        person.session = prompted
+        steps = begin(person)
+        next(steps)
+        person.take(None)
+        (shown,) = steps
+        assert shown["progress"] in ("", "Stopped before both had tracked a frame.")
 
 
 def test_both_sides_read_memories_as_the_session_does(session, sides, tmp_path, monkeypatch):
@@ -156,6 +184,8 @@ def test_the_page_says_whose_experts_a_video_of_no_known_domain_gets(make_sessio
     ):
         monkeypatch.setattr(two_domains.model.config, "unknown", unknown)
         session = make_session(model=two_domains)
+        session.masks.write(0, np.ones(session.masks.size, np.uint8))  # as an opened project has it
+        assert how_tracked(session).endswith("The gate decides at the next click or tracked frame whose experts run.")
         session.click(session.add_object(), 0, 20, 30)
         assert how_tracked(session).endswith(said)
     session.use(two_domains, "second")

@@ -10,6 +10,7 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from helpers.app import maps_of, run_all
@@ -229,12 +230,16 @@ def test_the_page_goes_on_with_what_was_learned_where_that_is_better(
     scores = {"before": {"eval_J&F": 0.7}, "after": {"eval_J&F": after}}
     (learning.output / "adaptation.json").write_text(json.dumps(scores))
     part = Mock(learner=learner)
-    part.app.learner, part.result.run, part.track.view = learner, lambda _: [], lambda _: {}
+    part.app.learner, part.result.run, part.track.view = learner, lambda *_: [], lambda _: {}
     assert said in learn_part.refresh(part, person)[part.state]
     assert "The gate knew" not in learn_part.refresh(part, person)[part.state]
-    monkeypatch.setattr("samoe_hf.app.learn_page.load_model", Mock())
+    load = Mock()
+    monkeypatch.setattr("samoe_hf.app.learn_page.load_model", load)
     monkeypatch.setattr("samoe_hf.app.learn_page.Comparison", Mock())
-    assert len(list(learn_part.track_again(part, person))) == 1
+    (shown,) = learn_part.track_again(part, person)
+    assert shown[part.track.slider] == 0  # as the frame that is shown
+    options = {"dtype": torch.float32, "unknown": "base", "memory_selection": "recent"}
+    load.assert_called_once_with(str(learning.output), torch.device("cpu"), **options)
     assert person.the_session().use.called == (after > 0.7)
 
 

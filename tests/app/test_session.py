@@ -190,7 +190,7 @@ def test_an_end_is_undone_and_one_that_cannot_be_changes_nothing(session):
     before = state_of(session)
     for object_id, frame, message in (
         (1, 2, r"must be after all .* \[2\]\), got frame 2"),
-        (2, 5, r"on the frames \[\]\)"),
+        (2, 5, "Object 2 must have a positive point, a box or a mask"),
     ):
         with pytest.raises(ValueError, match=message):
             session.end_object(object_id, frame)

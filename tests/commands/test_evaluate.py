@@ -19,6 +19,7 @@ from helpers.reference import ROOT
 from samoe_hf import SamoeModel
 from samoe_hf.data import SyntheticVideos, read_video
 from samoe_hf.evaluation.report import eval_results
+from samoe_hf.inference import load_tracker
 from samoe_hf.model.processing_samoe import build_processor
 
 NUM_FRAMES = 3
@@ -166,6 +167,21 @@ def test_what_is_wrong_is_found_before_anything_is_tracked_or_removed(run, model
     (out / "runs" / "other" / "file").touch()
     assert "is not empty, and not the folder" in run(model_folder, "--model", other, *data, fails=True)
     assert not (out / "runs" / model_folder.name).exists()
+
+
+def test_small_models_are_loaded_once(run, model_folder, davis, leave_out_pictures, monkeypatch, tmp_path):
+    leave_out_pictures()
+    loaded, load = [], load_tracker
+    spy = lambda *args, **options: (loaded.append(options["memory_selection"]), load(*args, **options))[1]  # noqa: E731
+    monkeypatch.setattr("samoe_hf.evaluation.run.load_tracker", spy)
+    selections = [word for name in ("recent", "score") for word in ("--memory-selection", name)]
+    for most, expected in ((2**30, ["recent", "score"]), (0, ["recent", "score", "score"])):
+        monkeypatch.setattr("samoe_hf.commands.evaluate.WAITING_BYTES", most)
+        for again in ([], ["--overwrite"]):
+            run(model_folder, *davis, "--video", "v0", *selections, "--output", tmp_path / str(most), *again)
+            assert loaded == expected
+            loaded.clear()
+    assert without_times(read(tmp_path / "0")) == without_times(read(tmp_path / str(2**30)))
 
 
 @pytest.mark.slow

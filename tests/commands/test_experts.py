@@ -51,6 +51,7 @@ def test_videos_are_chosen_by_number_or_id():
         (["--routing-module", QUERY.replace("q_proj", "k_proj")], "tokens are image positions"),
         (["--routing-video", "0", "--routing-object", "77"], "`--routing-object` 77 is not in shapes_5_00000"),
         (["--routing-object", "77"], "`--routing-object` 77 is in none of the videos"),
+        (["--dead-share", "5"], "`--dead-share` must be from 0 to 1, got 5.0"),
     ],
 )
 def test_bad_choices_are_refused_at_once(samoe, model_folder, two_domains, tmp_path, arguments, message):

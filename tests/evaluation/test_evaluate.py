@@ -84,8 +84,9 @@ def test_videos_of_one_frame_or_without_objects_are_scored_and_others_refused(na
     assert result.scores.j.shape == (1, len(one.object_ids))
     frames = ArrayFrames(np.zeros((2, 32, 32, 3), np.uint8))
     none = Video("empty", frames, MaskArrays(np.zeros((2, 0, 32, 32), bool), []), spacing=(1, 1, 2))
-    scores = evaluate_video(nano.model, processor, none).scores
-    assert scores.j.shape == (2, 0) and scores.surface_dice.shape == (0,)
+    for prompt in ("mask", "clicks:2@3:look", "box@3:even"):
+        (result,) = evaluate_videos(nano.model, processor, [none], False, prompt).values()
+        assert result.scores.j.shape == (2, 0) and result.scores.surface_dice.shape == (0,)
     bare = Video("bare", frames, MaskArrays(np.zeros((0, 1, 32, 32), bool), [1], frames=[]))
     nano.model.train()
     nano.model.vision_encoder.eval()

@@ -30,7 +30,7 @@ def make_results(models=1, seeds=(None,), **options):
         shift = -0.05 * number
         runs = {
             seed: [
-                make_result(np.array([[1, 1], [0.5, 0.9], [0.4, 0.8]]) + shift + 0.01 * i, "a|b", "photos"),
+                make_result(np.array([[1, 1], [0.5, 0.9], [0.4, 0.8]]) + shift + 0.01 * i, "a|<b>", "photos"),
                 make_result(np.array([[1], [0.3], [0.2]]) + shift, "lung", "ct", surface_dice=np.array([0.5 + shift])),
             ]
             for i, seed in enumerate(seeds)
@@ -78,10 +78,10 @@ def test_the_report_has_the_figures(tmp_path):
     assert cells(text, "Results", "ct")["surface Dice"] == "0.500"
     assert cells(text, "Results", "all")["J"] == format_number((0.45 + 0.85 + 0.25) / 3)
     assert "within 2 mm of the other" in cells(text, "All metrics", "surface Dice")["what it is"]
-    assert cells(text, "Videos", r"a\|b")["J"] == "0.650"
+    assert cells(text, "Videos", r"a\|\<b>")["J"] == "0.650" and r"photos, a\|\<b>, object 2; J&F" in text
     assert cells(text, "Objects", "lung")["J"] == "0.250"
     for said in ("`org/model_0`", "`abc123`", "1,234 parameters", "`mask`", "the object's true mask", "torch 2.11",
-                 "YouTube-VOS: for each object", "split `val`", "nothing is drawn: one run",
+                 "YouTube-VOS: for each object", "root `/data`, split `val`", "nothing is drawn: one run",
                  "4 experts of rank 8 per layer"):  # fmt: skip
         assert said in text, said
     assert text.index("Best 1") < text.index("Worst 1")
@@ -116,6 +116,7 @@ def test_several_models_and_seeds_are_told_apart(tmp_path, without_plots):
         ("clicks:3", "that shows it; nothing"),
         ("clicks:3@4", "shows it and on others with an IoU below 0.75; nothing"),
         ("clicks:3@4:look", "shows it and on others that are most worth a look; nothing"),
+        ("mask@4:even", "the object's true mask, on the first annotated frame that shows it and on others at even"),
     ],
 )
 def test_where_to_look_and_what_was_corrected_are_told(tmp_path, without_plots, prompt, said):
@@ -161,16 +162,17 @@ def test_colours_tell_what_was_found_missed_and_added():
     np.testing.assert_allclose(unknown[20, 52], 0.4 * 255 + 0.6 * np.array(FOUND), atol=1)
 
 
-@pytest.mark.parametrize("num_frames, size", [(1, (31, 45)), (7, (240, 135))])
+@pytest.mark.parametrize("num_frames, size", [(1, (31, 45)), (7, (240, 135)), (2, (700, 30)), (2, (3, 2100))])
 def test_objects_are_drawn_as_video_and_picture(num_frames, size, tmp_path):
     masks = np.zeros((num_frames, 2, *size), dtype=bool)
-    masks[:, 1, 3:20, 3:20] = True
+    masks[:, 1, 1:20, 3:20] = True
     video = Video.from_arrays("v" * 200, np.zeros((num_frames, *size, 3), np.uint8), masks, [4, 9])
     path = tmp_path / "p" / "best_1"
     j, strip = [1.0] * num_frames, list(range(num_frames))[-7:]
     draw_object(video, 9, lambda t: masks[t, 1], range(num_frames), j, strip, "title " * 40, path)
     overlay = read_video(tmp_path / "p" / "best_1.mp4")
-    assert len(overlay) == num_frames and overlay.size[1] == 640
+    assert len(overlay) == num_frames and overlay.size[1] == {30: 82, 2100: 960}.get(size[1], 640)
     legend_and_text = overlay[0][:60]
     assert legend_and_text.mean() > 150 and (legend_and_text < 80).any()
-    assert Image.open(tmp_path / "p" / "best_1.png").size[0] == 972
+    width, height = Image.open(tmp_path / "p" / "best_1.png").size
+    assert width == 972 and height < 2000 and overlay.size[0] < 3000

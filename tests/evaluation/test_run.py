@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -151,6 +152,13 @@ def test_masks_that_lie_where_their_results_go_are_not_overwritten(tmp_path):
     state = PartialState(cpu=True)
     entry = evaluation.run_masks(tmp_path / "runs" / "mine" / "masks", "other", state)
     assert entry["summary"]["J_mean"] == 1
+    shutil.copytree(masks.folder, tmp_path / "elsewhere")
+    (tmp_path / "runs" / "mine" / "run.json").write_text(json.dumps({"model": "tracked these for hours"}))
+    with pytest.raises(ValueError, match=r"mine holds the results of another run: .*`model` is 'tracked these"):
+        evaluation.run_masks(tmp_path / "elsewhere", "mine", state)
+    assert len(list(masks.folder.rglob("*.png"))) == 5
+    for label, overwrite in (("other", False), ("mine", True)):
+        assert evaluation.run_masks(tmp_path / "elsewhere", label, state, overwrite)["summary"]["J_mean"] == 1
     with pytest.raises(ValueError, match="Labels of models must differ, got other, other"):
         evaluation.results([entry, entry], state)
 

@@ -45,14 +45,15 @@ def test_frames_per_second_are_of_frames_that_are_tracked():
 
 
 def test_curves_run_from_each_objects_first_frame_and_sizes_are_shares_of_the_image():
-    # The second object appears on frame 8 and the first leaves; every fourth frame is annotated.
-    j, target = [[1, 1], [0.8, 1], [0.6, 0.9], [1, 0.4]], [[100, 0], [100, 0], [95, 5000], [0, 5]]
+    # The second object appears on frame 8 and the first leaves; the third is never there. Every fourth is annotated.
+    j = [[1, 1, 1], [0.8, 1, 1], [0.6, 0.9, 1], [1, 0.4, 1]]
+    target = [[100, 0, 0], [100, 0, 0], [95, 5000, 0], [0, 5, 0]]
     figures = combine_runs({None: [make_result(j, target=target, frames=[0, 4, 8, 12])]}, "youtube_vos")
     curve = figures["over_time"]
     assert curve["frames"] == [4, 8, 12] and curve["objects"] == [2, 1, 1]
     assert curve["mean"] == pytest.approx([0.6, 0.6, 1])
     assert curve["lower_quartile"][0] == pytest.approx(0.4 + 0.25 * 0.4)
-    assert [row["first_frame"] for row in figures["objects"]] == [0, 8]
+    assert [row["first_frame"] for row in figures["objects"]] == [0, 8, None]
     sizes = figures["by_size"]
     assert [size["masks"] for size in sizes] == [1, 0, 1, 1, 0, 0, 0]
     assert [size["J_mean"] for size in sizes][:4] == pytest.approx([0.4, math.nan, 0.6, 0.8], nan_ok=True)

@@ -48,8 +48,9 @@ def test_names_are_drawn_as_they_are(tmp_path):
     ]
     for number, figure in enumerate(figures):
         assert any(text.get_text() == odd and not text.get_parse_math() for text in figure.findobj(Text)), number
-    frames, masks = np.zeros((2, 40, 40, 3), dtype=np.uint8), np.zeros((2, 40, 40), dtype=bool)
+    frames, masks = np.zeros((2, 40, 400, 3), dtype=np.uint8), np.zeros((2, 40, 400), dtype=bool)
     plot_routing(frames, masks, np.zeros((2, 4, 4), dtype=int), 2, tmp_path / "strip.png", odd)
+    assert Image.open(tmp_path / "strip.png").size[0] < 1200  # of a wide video, too
 
 
 def test_more_experts_than_colours(tmp_path):
