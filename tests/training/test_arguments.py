@@ -76,6 +76,7 @@ def test_settings_that_transformers_refuses_are_told_in_a_line(tmp_path, monkeyp
     with pytest.raises(SystemExit) as error:
         run_command("train", [*run, "--output_dir", str(tmp_path / "out"), *options])
     assert message in str(error.value.code) and "Training settings cannot be used" in str(error.value.code)
+    assert not (tmp_path / "out").exists()
 
 
 def test_only_videos_that_can_be_scored_are_kept_aside():
