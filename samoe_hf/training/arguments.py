@@ -233,7 +233,11 @@ class SamoeTrainingArguments(TrainingKeys, TrainingArguments):
         check_at_least(self, encoder_batch_size=1, dataloader_num_workers=0)
         if self.max_steps <= 0 and not self.num_train_epochs > 0:
             raise InputError(f"`num_train_epochs` must be above 0, got {self.num_train_epochs}.")
-        for name, unused in (("label_smoothing_factor", 0), ("neftune_noise_alpha", None)):  # for models of text
+        if self.mixed_precision == "fp16" and self.device.type == "cpu":  # where accelerate leaves it out
+            raise InputError("`fp16` is not for training on a CPU; give `bf16: true` and `use_cpu: true`.")
+        # For models of text, or for an evaluation by batches.
+        defaults = {"label_smoothing_factor": 0, "neftune_noise_alpha": None}
+        for name, unused in (defaults | {"bf16_full_eval": False, "fp16_full_eval": False}).items():
             if (value := getattr(self, name)) != unused:
                 raise InputError(f"`{name}` must be {unused}, got {value}.")
         if (strategy := self.train_sampling_strategy) not in ("random", "sequential"):
