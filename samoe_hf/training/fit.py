@@ -85,7 +85,7 @@ def fit_arguments(
     if None in samplers:
         raise InputError("`fit` needs a training dataset of clips, which tells how many frames and objects they have.")
     frames, objects = (max(getattr(one, name) for one in samplers) for name in ("num_frames", "max_objects"))
-    float32, total = not (args.bf16 or args.fp16), args.per_device_train_batch_size * args.gradient_accumulation_steps
+    float32, total = args.mixed_precision == "no", args.per_device_train_batch_size * args.gradient_accumulation_steps
     tried = [
         (clips, checkpointing, step_bytes(model, frames, objects, recipe, clips, checkpointing, float32))
         for checkpointing in ([True] if args.gradient_checkpointing else [False, True])
