@@ -16,6 +16,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 from samoe_hf.data import ClipDataset, MixedDataset
+from samoe_hf.data.clip_datasets import can_be_read
 from samoe_hf.data.options import check_types
 from samoe_hf.data.registry import dataset_entries, parse_yaml, read_yaml, videos_from_entry
 from samoe_hf.data.schema import Video
@@ -143,19 +144,21 @@ class DataArguments(DataKeys):
         clips, weights = {}, {}
         names = "num_frames, stride, max_objects, reverse_probability, clips_per_video, on_error"
         of_clips = {name: getattr(self, name) for name in names.split(", ")}
+        skips = self.on_error == "skip"
         transforms = None if self.augmentation is None else transforms_from_options(self.augmentation)
         for index, entry in enumerate(self.train_data):
             options = dict(entry) if isinstance(entry, Mapping) else {}
             weight = options.pop("weight", None)
             videos: Any = videos_from_entry(options or entry, f"train_data[{index}]")
-            if aside := set(() if self.eval_data else choose_aside(videos, self.eval_fraction)):
+            if aside := set(() if self.eval_data else choose_aside(videos, self.eval_fraction, skips)):
                 self.kept_aside += [videos[i] for i in sorted(aside)]
                 videos = Subset(videos, [i for i in range(len(videos)) if i not in aside])
             if spares and len(videos) >= MANY_VIDEOS:
-                spared = set(choose_aside(videos, min(SPARED_FRACTION, MOST_SPARED / len(videos))))
+                spared = set(choose_aside(videos, min(SPARED_FRACTION, MOST_SPARED / len(videos)), skips))
                 self.spared += [videos[i] for i in sorted(spared)]
                 videos = Subset(videos, [i for i in range(len(videos)) if i not in spared])
-            domain = options.get("domain") or videos[0].domain
+            first = next((i for i in range(len(videos)) if can_be_read(videos, i)), 0) if skips else 0
+            domain = options.get("domain") or videos[first].domain
             if domain in clips:
                 raise InputError(
                     f"Two datasets of `train_data` have the domain {domain!r}; give each its own `domain`."
@@ -170,16 +173,17 @@ class DataArguments(DataKeys):
         return [video for part in [*parts, self.kept_aside] for video in part]
 
 
-def choose_aside(videos: Sequence[Video], fraction: float) -> list[int]:
+def choose_aside(videos: Sequence[Video], fraction: float, skips: bool = False) -> list[int]:
     """Positions of a share of some videos, evenly spread: at least one of three or more, and none of fewer.
 
-    Only videos that can be scored are chosen.
+    Only videos that can be scored are chosen; if `skips`, only those that can be read.
     """
     count = max(1, round(fraction * len(videos))) if fraction and len(videos) > 2 else 0
     chosen = []
     for part in range(count):
         stretch = range(part * len(videos) // count, (part + 1) * len(videos) // count)
-        scored = (i for i in reversed(stretch) if can_be_scored(videos[i]))
+        readable = (i for i in reversed(stretch) if not skips or can_be_read(videos, i))
+        scored = (i for i in readable if can_be_scored(videos[i]))
         chosen += [i for i in [next(scored, None)] if i is not None]
     return chosen
 

@@ -5,11 +5,12 @@ The constants were fitted to steps whose tensors were counted; docs/small_gpus.m
 
 import copy
 import shutil
+from contextlib import suppress
 from typing import Any
 
 from torch import nn
 
-from samoe_hf.data import ClipStream
+from samoe_hf.data import ClipStream, SampleError
 from samoe_hf.errors import InputError
 from samoe_hf.model.adapters import plain_name
 from samoe_hf.model.modeling_samoe import SamoeModel
@@ -125,4 +126,8 @@ def _can_be_cached(model: SamoeModel, args: SamoeTrainingArguments, datasets: li
         return False
     output = args.folder.absolute()
     free = shutil.disk_usage(next(folder for folder in (output, *output.parents) if folder.exists())).free
-    return 2 * frame_bytes * sum(len(video.frames) for one in datasets for video in one.videos) <= free
+    count = 0
+    for videos, index in ((one.videos, index) for one in datasets for index in range(len(one.videos))):
+        with suppress(SampleError, OSError):  # training says so, or leaves it out
+            count += len(videos[index].frames)
+    return 2 * frame_bytes * count <= free
