@@ -208,7 +208,8 @@ def _adapt(trainer: SamoeTrainer, domain: str, like: str | None, budget: int | N
     result = Adaptation(domain, 0, before=_scores(trainer), started_from=None if like == AUTO else like)
     clips, learner = trainer.train_dataset, trainer.model
     assert isinstance(clips, MixedDataset)
-    videos: Any = ConcatDataset([dataset.videos for dataset in clips.datasets.values()])  # pyright: ignore
+    parts: Any = [dataset.videos for dataset in clips.datasets.values()]
+    videos: Any = ConcatDataset(parts)
     if any(dataset.on_error == "skip" for dataset in clips.datasets.values()):
         chosen = evenly_chosen(range(len(videos)), MAX_VIDEOS)  # the gate looks at no more
         videos = Subset(videos, [i for i in chosen if can_be_read(videos, i)])
