@@ -8,8 +8,6 @@ import shutil
 from contextlib import suppress
 from typing import Any
 
-from torch import nn
-
 from samoe_hf.data import ClipStream, SampleError
 from samoe_hf.errors import InputError
 from samoe_hf.model.adapters import plain_name
@@ -18,7 +16,7 @@ from samoe_hf.model.prompt_recipe import PromptRecipe
 from samoe_hf.model.quantization import weight_bytes
 
 from .arguments import SamoeTrainingArguments, parse_size
-from .feature_cache import encoder_tensors
+from .feature_cache import encoder_has_dropout, encoder_tensors
 
 # What a GPU holds besides tensors: its context with the libraries' work space, and a share for fragments.
 CONTEXT_BYTES, FRAGMENTS = 2**30, 1.1
@@ -121,8 +119,8 @@ def fit_arguments(
 
 def _can_be_cached(model: SamoeModel, args: SamoeTrainingArguments, datasets: list[Any], frame_bytes: float) -> bool:
     """Whether frames come again with the same features, which take at most half of what is free on the disk."""
-    is_random = any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.vision_encoder.modules())
-    if is_random or any(one.sampler.transforms for one in datasets) or any(isinstance(o, ClipStream) for o in datasets):
+    # Experts of domains in a frozen encoder are not of the one that is trained.
+    if encoder_has_dropout(model, None) or any(o.sampler.transforms or isinstance(o, ClipStream) for o in datasets):
         return False
     output = args.folder.absolute()
     free = shutil.disk_usage(next(folder for folder in (output, *output.parents) if folder.exists())).free

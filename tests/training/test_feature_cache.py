@@ -9,6 +9,7 @@ from peft import LoraConfig
 
 from helpers.edgetam import over_bases, slow_over_bases
 from samoe_hf import SamoeModel
+from samoe_hf.errors import InputError
 from samoe_hf.model.domain_experts import domain_modules, use_domain
 from samoe_hf.model.frame_step import encode_frames
 from samoe_hf.surgery.domains import add_domain, rename_domain
@@ -154,3 +155,10 @@ def test_domains_with_experts_in_the_encoder_have_features_of_their_own(model, f
             features[domain] = cache.encode_frames(model, frames).coarse
             torch.testing.assert_close(features[domain], encode_frames(model, frames).coarse, rtol=1e-4, atol=1e-4)
     assert (features["first"] - features["second"]).abs().mean() > 1e-2
+    for name, experts in domain_modules(model, "second"):
+        experts.dropout.p = 0.1
+    model.train()
+    with use_domain("first"):
+        cache.encode_frames(model, frames)  # those of the other domain are not run
+    with use_domain("second"), pytest.raises(InputError, match="set `lora_dropout` to 0"):
+        cache.encode_frames(model, frames)
