@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -198,12 +197,12 @@ def adapt(
         check_output_dir(trainer.args, None)  # another process may have written there meanwhile
         if trainer.is_world_process_zero() and trainer.args.overwrite_output_dir:
             for name in (RESULTS_FILE, PICTURE, SIZES_PICTURE):
-                Path(output, name).unlink(missing_ok=True)
-        return _adapt(trainer, domain, like, budget, Path(output))
+                (trainer.args.folder / name).unlink(missing_ok=True)
+        return _adapt(trainer, domain, like, budget)
 
 
-def _adapt(trainer: SamoeTrainer, domain: str, like: str | None, budget: int | None, output: Path) -> Adaptation:
-    resume = trainer.args.resume_from_checkpoint
+def _adapt(trainer: SamoeTrainer, domain: str, like: str | None, budget: int | None) -> Adaptation:
+    output, resume = trainer.args.folder, trainer.args.resume_from_checkpoint
     shows_progress = not trainer.args.disable_tqdm and trainer.is_local_process_zero()
     result = Adaptation(domain, 0, before=_scores(trainer), started_from=None if like == AUTO else like)
     clips, learner = trainer.train_dataset, trainer.model

@@ -33,7 +33,7 @@ class FeatureCache:
     """
 
     def __init__(self, folder: str | os.PathLike):
-        self.folder = Path(folder)
+        self.folder = Path(folder).expanduser()  # as transformers takes `output_dir`
         # What the fingerprint was computed from.
         self._structure = ""
         self._weights: dict[str, Tensor] = {}

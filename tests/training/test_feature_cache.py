@@ -2,6 +2,7 @@
 
 import copy
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -58,6 +59,7 @@ def test_features_are_the_encoders_own_and_computed_once(model, frames, tmp_path
         rows = tensor if "position" in name else tensor[[2, 0]]
         torch.testing.assert_close(getattr(swapped, name), rows, rtol=1e-5, atol=1e-5)
     assert len(files(tmp_path)) == 3 and not list(tmp_path.rglob("*.partial"))
+    assert FeatureCache("~/cache").folder == Path.home() / "cache"
 
 
 def test_another_frame_or_precision_is_another_entry(model, frames, tmp_path):
