@@ -215,7 +215,8 @@ class SamoeTrainingArguments(TrainingKeys, TrainingArguments):
     def __post_init__(self) -> None:
         if isinstance(self.trainable, str):
             self.trainable = [self.trainable]
-        if self.load_best_model_at_end and self.metric_for_best_model is None:
+        by_metric = self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")
+        if (self.load_best_model_at_end or by_metric) and self.metric_for_best_model is None:
             self.metric_for_best_model = "J&F"  # evaluation tracks videos, and has no loss
         if self.label_names is None:
             self.label_names = ["labels"]
@@ -227,6 +228,9 @@ class SamoeTrainingArguments(TrainingKeys, TrainingArguments):
             self.dataloader_pin_memory = False  # there is nothing to copy to, and PyTorch warns
         with setting_errors():
             super().__post_init__()
+        if by_metric:  # which PyTorch takes for a loss
+            given: Any = self.lr_scheduler_kwargs or {}
+            self.lr_scheduler_kwargs = {"mode": "max" if self.greater_is_better else "min", **given}
         accelerator = self.accelerator_config
         assert isinstance(accelerator, AcceleratorConfig)
         if accelerator.dispatch_batches is None:
@@ -235,12 +239,14 @@ class SamoeTrainingArguments(TrainingKeys, TrainingArguments):
         check_at_least(self, per_device_train_batch_size=1, per_device_eval_batch_size=1, gradient_accumulation_steps=1)
         check_at_least(self, learning_rate=0, weight_decay=0, max_grad_norm=0, warmup_steps=0, adam_epsilon=0, seed=0)
         check_at_least(self, encoder_batch_size=1, dataloader_num_workers=0)
+        if self.seed >= 2**32:  # NumPy takes no more
+            raise InputError(f"`seed` must be below 2**32, got {self.seed}.")
         if self.max_steps <= 0 and not self.num_train_epochs > 0:
             raise InputError(f"`num_train_epochs` must be above 0, got {self.num_train_epochs}.")
         if self.mixed_precision == "fp16" and self.device.type == "cpu":  # where accelerate leaves it out
             raise InputError("`fp16` is not for training on a CPU; give `bf16: true` and `use_cpu: true`.")
         # For models of text, or for an evaluation by batches.
-        defaults = {"label_smoothing_factor": 0, "neftune_noise_alpha": None}
+        defaults = {"label_smoothing_factor": 0, "neftune_noise_alpha": None, "use_liger_kernel": False}
         for name, unused in (defaults | {"bf16_full_eval": False, "fp16_full_eval": False}).items():
             if (value := getattr(self, name)) != unused:
                 raise InputError(f"`{name}` must be {unused}, got {value}.")

@@ -34,6 +34,7 @@ def run(tmp_path):
         ("eval_data: 5", "`eval_data` of a run must be a folder or a list"),
         ("gradient_checkpointing_kwargs: {use_reentrant: true}", "neither `use_reentrant` nor `offload`"),
         ("use_cpu: true\nfp16: true", "`fp16` is not for training on a CPU; give `bf16: true` and `use_cpu: true`"),
+        ("seed: 4294967296", r"`seed` must be below 2**32, got 4294967296"),
         ("fp16_full_eval: true", "`fp16_full_eval` must be False, got True"),
         ("learning_rat: 1", "has an unknown key 'learning_rat'; did you mean 'learning_rate'?"),
     ],

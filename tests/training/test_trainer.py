@@ -91,6 +91,21 @@ def test_the_best_checkpoint_is_loaded_at_the_end(run_config, domain):
     assert trainer.evaluate()["eval_J&F"] == pytest.approx(max(history), abs=1e-6)
 
 
+def test_a_schedule_by_evaluation_goes_by_j_and_f_which_is_to_rise(run_config, monkeypatch):
+    scores = iter([0.1, 0.2, 0.3, 0.2])
+
+    def evaluate(trainer, **_):
+        trainer.control.should_evaluate = False
+        return {"eval_J&F": next(scores)}
+
+    monkeypatch.setattr(SamoeTrainer, "evaluate", evaluate)
+    options = ["--eval_strategy", "steps", "--eval_steps", 1, "--max_steps", 4, "--save_strategy", "no"]
+    plateau = ["--lr_scheduler_type", "reduce_lr_on_plateau", "--lr_scheduler_kwargs", '{"patience": 0, "factor": 0.5}']
+    trainer = make_trainer(run_config, *options, *plateau)
+    trainer.train()
+    assert trainer.optimizer.param_groups[0]["lr"] == 5e-4, "only at the last one"
+
+
 @pytest.mark.slow
 def test_two_processes_give_the_gradients_of_one(model_folder, tmp_path):
     results = {}
