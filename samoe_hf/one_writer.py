@@ -39,7 +39,8 @@ class OneWriter:
     def __init__(self, target: str | Path, option: str = "`--output`", inside: bool = True):
         self.target, self.option = Path(target), option
         self.cleared: list[str] = []
-        self._depth, self._is_new = 0, False
+        # A folder that is made from here on, be it by others such as Trainer, does not stay empty.
+        self._depth, self._is_new = 0, inside and not self.target.exists()
         # Trainer does not upload names that begin with an underscore.
         folder, name = (self.target, "_writer") if inside else (self.target.parent, f".{self.target.name}.writer")
         self._file, self._about = folder / f"{name}.lock", folder / f"{name}.json"
@@ -71,7 +72,7 @@ class OneWriter:
                 self.target.rmdir()
 
     def _acquire(self) -> None:
-        start, self._is_new = time.monotonic(), not self._file.parent.exists() and self._file.parent == self.target
+        start = time.monotonic()
         while True:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             self._file.touch()

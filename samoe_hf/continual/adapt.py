@@ -1,17 +1,16 @@
 """Adds a domain to a model: new experts are trained for it, the gate learns it, and all else stays as it was."""
 
 import os
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import ConcatDataset
+from torch.utils.data import ConcatDataset, Subset
 
-from samoe_hf.data.clip_datasets import MixedDataset
+from samoe_hf.data.clip_datasets import MixedDataset, can_be_read, read_whole
 from samoe_hf.errors import InputError, input_errors
 from samoe_hf.evaluation.statistics import to_json
 from samoe_hf.model.domain_choice import AUTO
@@ -23,7 +22,7 @@ from samoe_hf.training.checkpoints import check_output_dir
 from samoe_hf.training.trainer import SamoeTrainer, build_trainer
 from samoe_hf.whole_files import whole_file, write_text
 
-from .fit_gate import decide_videos, evenly_chosen, gate_features, leave_out
+from .fit_gate import MAX_VIDEOS, decide_videos, evenly_chosen, gate_features, leave_out
 from .held_out import KEPT_ASIDE, SHOWN_VIDEOS, TRAINED_ON, Compared, compare, comparison_table, means, percent
 from .sizes import TOLERANCE, Sizes, choose_size, raise_ranks
 from .start import domain_score, find_start, read_excerpts
@@ -198,20 +197,23 @@ def adapt(
         check_output_dir(trainer.args, None)  # another process may have written there meanwhile
         if trainer.is_world_process_zero() and trainer.args.overwrite_output_dir:
             for name in (RESULTS_FILE, PICTURE, SIZES_PICTURE):
-                Path(output, name).unlink(missing_ok=True)
-        return _adapt(trainer, domain, like, budget, Path(output))
+                (trainer.args.folder / name).unlink(missing_ok=True)
+        return _adapt(trainer, domain, like, budget)
 
 
-def _adapt(trainer: SamoeTrainer, domain: str, like: str | None, budget: int | None, output: Path) -> Adaptation:
-    resume = trainer.args.resume_from_checkpoint
+def _adapt(trainer: SamoeTrainer, domain: str, like: str | None, budget: int | None) -> Adaptation:
+    output, resume = trainer.args.folder, trainer.args.resume_from_checkpoint
     shows_progress = not trainer.args.disable_tqdm and trainer.is_local_process_zero()
     result = Adaptation(domain, 0, before=_scores(trainer), started_from=None if like == AUTO else like)
     clips, learner = trainer.train_dataset, trainer.model
     assert isinstance(clips, MixedDataset)
     parts: Any = [dataset.videos for dataset in clips.datasets.values()]
     videos: Any = ConcatDataset(parts)
+    if any(dataset.on_error == "skip" for dataset in clips.datasets.values()):
+        chosen = evenly_chosen(range(len(videos)), MAX_VIDEOS)  # the gate looks at no more
+        videos = Subset(videos, [i for i in chosen if can_be_read(videos, i)])
     spared: Any = trainer.spared
-    known: Any = ConcatDataset([*parts, spared]) if spared else videos
+    known: Any = ConcatDataset([videos, spared]) if spared else videos
     assert learner.domain_gate is not None
     result.known_before = int(learner.domain_gate.counts[learner.config.domain_names.index(domain)])
     features, numbers = gate_features(learner, trainer.processor, domain, known, shows_progress)
@@ -228,8 +230,7 @@ def _adapt(trainer: SamoeTrainer, domain: str, like: str | None, budget: int | N
     some = [video for video in some if can_be_scored(video)]
     # What is tracked after the training is read before it: an error would lose what was trained.
     for video in some:
-        deque(video.frames, maxlen=0)
-        deque(map(video.masks, video.annotated_frames), maxlen=0)
+        read_whole(video)
     if budget is not None:
         read_excerpts(learner, spared or videos)
     trainer.train(resume_from_checkpoint=resume)

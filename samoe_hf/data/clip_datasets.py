@@ -10,6 +10,7 @@ import itertools
 import logging
 import math
 import zlib
+from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from numbers import Real
 from typing import Any, Literal
@@ -71,6 +72,22 @@ class EpochDataset:
         worker = get_worker_info()
         self._skipped[0 if worker is None else worker.id + 1] += 1
         logger.warning("skipped a sample, %d so far: %s", self.num_skipped, error)
+
+
+def read_whole(video: Video) -> None:
+    """Reads all frames and masks, so that a damaged file is a `SampleError` now and not later."""
+    deque(video.frames, maxlen=0)
+    deque(map(video.masks, video.annotated_frames), maxlen=0)
+
+
+def can_be_read(videos: Sequence[Video], index: int) -> bool:
+    """Whether a video can be opened and all of it be read; says why not."""
+    try:
+        read_whole(videos[index])
+    except (SampleError, OSError) as error:
+        say_once(f"{error}; the video is left out")
+        return False
+    return True
 
 
 def as_videos(data: Any) -> Sequence[Video] | Iterable[Video]:

@@ -201,8 +201,8 @@ class SamoeConfig(Sam2VideoConfig):
         memory_attention_rope_feat_sizes: Any = None
 
     model_type = "samoe"
-    # Trainer gathers what evaluation returns; these are for training logs and for analysis.
-    keys_to_ignore_at_inference: ClassVar = ["loss_dict", "router_logits"]
+    # Trainer gathers the tensors that evaluation returns; these are for training logs and for analysis.
+    keys_to_ignore_at_inference: ClassVar = ["loss_dict", "router_logits", "domains"]
 
     num_experts: int = 10
     num_experts_per_tok: int = 2

@@ -16,6 +16,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 from samoe_hf.data import ClipDataset, MixedDataset
+from samoe_hf.data.clip_datasets import can_be_read
 from samoe_hf.data.options import check_types
 from samoe_hf.data.registry import dataset_entries, parse_yaml, read_yaml, videos_from_entry
 from samoe_hf.data.schema import Video
@@ -143,19 +144,21 @@ class DataArguments(DataKeys):
         clips, weights = {}, {}
         names = "num_frames, stride, max_objects, reverse_probability, clips_per_video, on_error"
         of_clips = {name: getattr(self, name) for name in names.split(", ")}
+        skips = self.on_error == "skip"
         transforms = None if self.augmentation is None else transforms_from_options(self.augmentation)
         for index, entry in enumerate(self.train_data):
             options = dict(entry) if isinstance(entry, Mapping) else {}
             weight = options.pop("weight", None)
             videos: Any = videos_from_entry(options or entry, f"train_data[{index}]")
-            if aside := set(() if self.eval_data else choose_aside(videos, self.eval_fraction)):
+            if aside := set(() if self.eval_data else choose_aside(videos, self.eval_fraction, skips)):
                 self.kept_aside += [videos[i] for i in sorted(aside)]
                 videos = Subset(videos, [i for i in range(len(videos)) if i not in aside])
             if spares and len(videos) >= MANY_VIDEOS:
-                spared = set(choose_aside(videos, min(SPARED_FRACTION, MOST_SPARED / len(videos))))
+                spared = set(choose_aside(videos, min(SPARED_FRACTION, MOST_SPARED / len(videos)), skips))
                 self.spared += [videos[i] for i in sorted(spared)]
                 videos = Subset(videos, [i for i in range(len(videos)) if i not in spared])
-            domain = options.get("domain") or videos[0].domain
+            first = next((i for i in range(len(videos)) if can_be_read(videos, i)), 0) if skips else 0
+            domain = options.get("domain") or videos[first].domain
             if domain in clips:
                 raise InputError(
                     f"Two datasets of `train_data` have the domain {domain!r}; give each its own `domain`."
@@ -170,16 +173,17 @@ class DataArguments(DataKeys):
         return [video for part in [*parts, self.kept_aside] for video in part]
 
 
-def choose_aside(videos: Sequence[Video], fraction: float) -> list[int]:
+def choose_aside(videos: Sequence[Video], fraction: float, skips: bool = False) -> list[int]:
     """Positions of a share of some videos, evenly spread: at least one of three or more, and none of fewer.
 
-    Only videos that can be scored are chosen.
+    Only videos that can be scored are chosen; if `skips`, only those that can be read.
     """
     count = max(1, round(fraction * len(videos))) if fraction and len(videos) > 2 else 0
     chosen = []
     for part in range(count):
         stretch = range(part * len(videos) // count, (part + 1) * len(videos) // count)
-        scored = (i for i in reversed(stretch) if can_be_scored(videos[i]))
+        readable = (i for i in reversed(stretch) if not skips or can_be_read(videos, i))
+        scored = (i for i in readable if can_be_scored(videos[i]))
         chosen += [i for i in [next(scored, None)] if i is not None]
     return chosen
 
@@ -211,7 +215,8 @@ class SamoeTrainingArguments(TrainingKeys, TrainingArguments):
     def __post_init__(self) -> None:
         if isinstance(self.trainable, str):
             self.trainable = [self.trainable]
-        if self.load_best_model_at_end and self.metric_for_best_model is None:
+        by_metric = self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")
+        if (self.load_best_model_at_end or by_metric) and self.metric_for_best_model is None:
             self.metric_for_best_model = "J&F"  # evaluation tracks videos, and has no loss
         if self.label_names is None:
             self.label_names = ["labels"]
@@ -223,6 +228,9 @@ class SamoeTrainingArguments(TrainingKeys, TrainingArguments):
             self.dataloader_pin_memory = False  # there is nothing to copy to, and PyTorch warns
         with setting_errors():
             super().__post_init__()
+        if by_metric:  # which PyTorch takes for a loss
+            given: Any = self.lr_scheduler_kwargs or {}
+            self.lr_scheduler_kwargs = {"mode": "max" if self.greater_is_better else "min", **given}
         accelerator = self.accelerator_config
         assert isinstance(accelerator, AcceleratorConfig)
         if accelerator.dispatch_batches is None:
@@ -231,9 +239,15 @@ class SamoeTrainingArguments(TrainingKeys, TrainingArguments):
         check_at_least(self, per_device_train_batch_size=1, per_device_eval_batch_size=1, gradient_accumulation_steps=1)
         check_at_least(self, learning_rate=0, weight_decay=0, max_grad_norm=0, warmup_steps=0, adam_epsilon=0, seed=0)
         check_at_least(self, encoder_batch_size=1, dataloader_num_workers=0)
+        if self.seed >= 2**32:  # NumPy takes no more
+            raise InputError(f"`seed` must be below 2**32, got {self.seed}.")
         if self.max_steps <= 0 and not self.num_train_epochs > 0:
             raise InputError(f"`num_train_epochs` must be above 0, got {self.num_train_epochs}.")
-        for name, unused in (("label_smoothing_factor", 0), ("neftune_noise_alpha", None)):  # for models of text
+        if self.mixed_precision == "fp16" and self.device.type == "cpu":  # where accelerate leaves it out
+            raise InputError("`fp16` is not for training on a CPU; give `bf16: true` and `use_cpu: true`.")
+        # For models of text, or for an evaluation by batches.
+        defaults = {"label_smoothing_factor": 0, "neftune_noise_alpha": None, "use_liger_kernel": False}
+        for name, unused in (defaults | {"bf16_full_eval": False, "fp16_full_eval": False}).items():
             if (value := getattr(self, name)) != unused:
                 raise InputError(f"`{name}` must be {unused}, got {value}.")
         if (strategy := self.train_sampling_strategy) not in ("random", "sequential"):

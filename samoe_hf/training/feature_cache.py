@@ -16,7 +16,7 @@ from samoe_hf.model.base_model import SamoePreTrainedModel
 from samoe_hf.model.base_modules import ImageFeatures
 from samoe_hf.model.batch_rows import batch_rows, use_rows
 from samoe_hf.model.domain_choice import encoder_has_experts
-from samoe_hf.model.domain_experts import active_domain
+from samoe_hf.model.domain_experts import active_domain, module_domain
 from samoe_hf.model.frame_step import encode_frames, with_positions
 from samoe_hf.model.weights_io import hash_tensors, plain_tensors
 from samoe_hf.whole_files import whole_file
@@ -33,7 +33,7 @@ class FeatureCache:
     """
 
     def __init__(self, folder: str | os.PathLike):
-        self.folder = Path(folder)
+        self.folder = Path(folder).expanduser()  # as transformers takes `output_dir`
         # What the fingerprint was computed from.
         self._structure = ""
         self._weights: dict[str, Tensor] = {}
@@ -67,14 +67,15 @@ class FeatureCache:
         trained = [name for name, tensor in tensors.items() if tensor.requires_grad]
         if trained:
             raise InputError(f"`feature_cache` needs a frozen image encoder, but {trained[0]!r} is trainable.")
-        if any(m.training and m.p > 0 for m in model.vision_encoder.modules() if isinstance(m, nn.Dropout)):
+        use = active_domain()
+        if model.vision_encoder.training and encoder_has_dropout(model, None if use is None else use.domain):
             raise InputError("`feature_cache` needs an image encoder without dropout; set `lora_dropout` to 0.")
         if any(isinstance(tensor, DTensor) for tensor in tensors.values()):
             raise InputError("`feature_cache` needs whole weights, but the model is sharded.")
         tensors = dict(plain_tensors(tensors.items()))
         structure = f"{model.config.vision_config.to_json_string()} {_adapter_state(model.vision_encoder)}"
         if encoder_has_experts(model):
-            structure += f" {active_domain()}"
+            structure += f" {use}"
         kinds, known = ({n: (t.shape, t.dtype, t.device) for n, t in x.items()} for x in (tensors, self._weights))
         are_equal = kinds == known and all(torch.equal(tensor, self._weights[name]) for name, tensor in tensors.items())
         if structure != self._structure or not are_equal:
@@ -99,6 +100,13 @@ def encoder_tensors(model: SamoePreTrainedModel) -> Iterator[tuple[str, Tensor]]
     for module in ("vision_encoder", "mask_decoder.conv_s0", "mask_decoder.conv_s1"):
         for name, tensor in model.get_submodule(module).state_dict(keep_vars=True).items():
             yield f"{module}.{name}", tensor
+
+
+def encoder_has_dropout(model: SamoePreTrainedModel, domain: str | None) -> bool:
+    """Whether image features are random in training, with the experts of a domain or of none."""
+    modules = model.vision_encoder.named_modules()
+    within = [name.rpartition(".")[0] for name, module in modules if isinstance(module, nn.Dropout) and module.p > 0]
+    return any(module_domain(name) in (None, domain) for name in within)
 
 
 def _adapter_state(module: nn.Module) -> str:

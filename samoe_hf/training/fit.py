@@ -5,11 +5,10 @@ The constants were fitted to steps whose tensors were counted; docs/small_gpus.m
 
 import copy
 import shutil
+from contextlib import suppress
 from typing import Any
 
-from torch import nn
-
-from samoe_hf.data import ClipStream
+from samoe_hf.data import ClipStream, SampleError
 from samoe_hf.errors import InputError
 from samoe_hf.model.adapters import plain_name
 from samoe_hf.model.modeling_samoe import SamoeModel
@@ -17,7 +16,7 @@ from samoe_hf.model.prompt_recipe import PromptRecipe
 from samoe_hf.model.quantization import weight_bytes
 
 from .arguments import SamoeTrainingArguments, parse_size
-from .feature_cache import encoder_tensors
+from .feature_cache import encoder_has_dropout, encoder_tensors
 
 # What a GPU holds besides tensors: its context with the libraries' work space, and a share for fragments.
 CONTEXT_BYTES, FRAGMENTS = 2**30, 1.1
@@ -85,7 +84,7 @@ def fit_arguments(
     if None in samplers:
         raise InputError("`fit` needs a training dataset of clips, which tells how many frames and objects they have.")
     frames, objects = (max(getattr(one, name) for one in samplers) for name in ("num_frames", "max_objects"))
-    float32, total = not (args.bf16 or args.fp16), args.per_device_train_batch_size * args.gradient_accumulation_steps
+    float32, total = args.mixed_precision == "no", args.per_device_train_batch_size * args.gradient_accumulation_steps
     tried = [
         (clips, checkpointing, step_bytes(model, frames, objects, recipe, clips, checkpointing, float32))
         for checkpointing in ([True] if args.gradient_checkpointing else [False, True])
@@ -120,9 +119,13 @@ def fit_arguments(
 
 def _can_be_cached(model: SamoeModel, args: SamoeTrainingArguments, datasets: list[Any], frame_bytes: float) -> bool:
     """Whether frames come again with the same features, which take at most half of what is free on the disk."""
-    is_random = any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.vision_encoder.modules())
-    if is_random or any(one.sampler.transforms for one in datasets) or any(isinstance(o, ClipStream) for o in datasets):
+    # Experts of domains in a frozen encoder are not of the one that is trained.
+    if encoder_has_dropout(model, None) or any(o.sampler.transforms or isinstance(o, ClipStream) for o in datasets):
         return False
     output = args.folder.absolute()
     free = shutil.disk_usage(next(folder for folder in (output, *output.parents) if folder.exists())).free
-    return 2 * frame_bytes * sum(len(video.frames) for one in datasets for video in one.videos) <= free
+    count = 0
+    for videos, index in ((one.videos, index) for one in datasets for index in range(len(one.videos))):
+        with suppress(SampleError, OSError):  # training says so, or leaves it out
+            count += len(videos[index].frames)
+    return 2 * frame_bytes * count <= free

@@ -25,7 +25,7 @@ from .arguments import SamoeTrainingArguments
 FILE = "run.json"  # in each checkpoint
 OPTIONS = (
     "lr_scheduler_type lr_scheduler_kwargs warmup_steps weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm "
-    "optim optim_args seed data_seed bf16 fp16 dataloader_drop_last"
+    "optim optim_args seed data_seed dataloader_drop_last"
 )
 # How long the run is: a run may be made longer.
 LENGTH = ("max_steps", "num_train_epochs")
@@ -63,6 +63,8 @@ def made_from(
         "clips of a step": batch,
         "train_data": _describe_clips(clips),
         **{name: getattr(args, name) for name in [*OPTIONS.split(), *LENGTH]},
+        # Also as `accelerate launch` says.
+        **{name: args.mixed_precision == name for name in ("bf16", "fp16")},
         **asdict(recipe),
         **asdict(loss),
     }

@@ -171,13 +171,13 @@ class SamoeTrainer(Trainer):
         )
         if args.compile_parts:
             model.compile_for_tracking()
+        self.writer = OneWriter(args.folder, "`output_dir`")
         # Trainer is not given the processor, since it aligns special tokens of each processor's tokenizer.
         with setting_errors():
             super().__init__(wrapped, args, ClipCollator(keep_domain=True), train_dataset, **kwargs)
         if self.is_fsdp_enabled:
             model.wake_experts()  # whole, before they are sharded
         self.training_logs = TrainingLogs()
-        self.writer = OneWriter(args.folder, "`output_dir`")
         # What else the result depends on, for the checkpoints; and all that it does, once it is known.
         self.depends_on: dict[str, Any] = {}
         self._made_from: dict[str, Any] | None = None

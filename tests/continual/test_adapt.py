@@ -257,6 +257,17 @@ def test_what_is_tracked_after_the_training_is_read_before(base, tmp_path, monke
     assert not train.called
 
 
+def test_videos_that_cannot_be_read_are_left_out_if_so_asked(base, tmp_path, monkeypatch):
+    data, out = write_folder(tmp_path / "data", 5), tmp_path / "out"
+    for file in ("v0/frames/0.png", "v1/frames/2.png", "v4/masks/1.png"):
+        (data / file).write_bytes(b"damaged")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    words = [str(base), "--domain", "d", "--dataset", str(data), "--output", "~/out", *FOLDER_RUN]
+    run_command([*words, "--on_error", "skip", "--fit", "4GB", "--use_cpu", "true"])
+    results = json.loads((out / "adaptation.json").read_text())
+    assert [one["video"] for one in results["kept_aside"]] == ["v3"] and results["gate_videos"] == 2
+
+
 @pytest.mark.parametrize(
     ("count", "options", "kept", "trained"),
     [(2, [], 0, 2), (3, [], 1, 2), (10, [], 2, 8), (4, ["--eval-fraction", "0.5"], 2, 2),

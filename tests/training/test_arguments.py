@@ -33,6 +33,9 @@ def run(tmp_path):
         ("learning_rates: {decoder: 1.0}", "must map sets of `trainable` (experts) to rates, got {'decoder': 1.0}"),
         ("eval_data: 5", "`eval_data` of a run must be a folder or a list"),
         ("gradient_checkpointing_kwargs: {use_reentrant: true}", "neither `use_reentrant` nor `offload`"),
+        ("use_cpu: true\nfp16: true", "`fp16` is not for training on a CPU; give `bf16: true` and `use_cpu: true`"),
+        ("seed: 4294967296", r"`seed` must be below 2**32, got 4294967296"),
+        ("fp16_full_eval: true", "`fp16_full_eval` must be False, got True"),
         ("learning_rat: 1", "has an unknown key 'learning_rat'; did you mean 'learning_rate'?"),
     ],
 )
@@ -76,6 +79,7 @@ def test_settings_that_transformers_refuses_are_told_in_a_line(tmp_path, monkeyp
     with pytest.raises(SystemExit) as error:
         run_command("train", [*run, "--output_dir", str(tmp_path / "out"), *options])
     assert message in str(error.value.code) and "Training settings cannot be used" in str(error.value.code)
+    assert not (tmp_path / "out").exists()
 
 
 def test_only_videos_that_can_be_scored_are_kept_aside():

@@ -2,6 +2,7 @@
 
 import copy
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from peft import LoraConfig
 
 from helpers.edgetam import over_bases, slow_over_bases
 from samoe_hf import SamoeModel
+from samoe_hf.errors import InputError
 from samoe_hf.model.domain_experts import domain_modules, use_domain
 from samoe_hf.model.frame_step import encode_frames
 from samoe_hf.surgery.domains import add_domain, rename_domain
@@ -57,6 +59,7 @@ def test_features_are_the_encoders_own_and_computed_once(model, frames, tmp_path
         rows = tensor if "position" in name else tensor[[2, 0]]
         torch.testing.assert_close(getattr(swapped, name), rows, rtol=1e-5, atol=1e-5)
     assert len(files(tmp_path)) == 3 and not list(tmp_path.rglob("*.partial"))
+    assert FeatureCache("~/cache").folder == Path.home() / "cache"
 
 
 def test_another_frame_or_precision_is_another_entry(model, frames, tmp_path):
@@ -154,3 +157,10 @@ def test_domains_with_experts_in_the_encoder_have_features_of_their_own(model, f
             features[domain] = cache.encode_frames(model, frames).coarse
             torch.testing.assert_close(features[domain], encode_frames(model, frames).coarse, rtol=1e-4, atol=1e-4)
     assert (features["first"] - features["second"]).abs().mean() > 1e-2
+    for name, experts in domain_modules(model, "second"):
+        experts.dropout.p = 0.1
+    model.train()
+    with use_domain("first"):
+        cache.encode_frames(model, frames)  # those of the other domain are not run
+    with use_domain("second"), pytest.raises(InputError, match="set `lora_dropout` to 0"):
+        cache.encode_frames(model, frames)

@@ -80,7 +80,7 @@ def test_the_model_of_a_resumed_run_is_that_of_one_that_was_not_stopped(train, t
         assert state.global_step == num_steps and same(found, whole), step
 
 
-def test_a_run_goes_on_only_with_what_it_was_made_from(train, model_folder, data, tmp_path, capsys):
+def test_a_run_goes_on_only_with_what_it_was_made_from(train, model_folder, data, tmp_path, capsys, monkeypatch):
     short = ["--max_steps", 1]
     train("out", *short)
     resume = [*short, "--resume_from_checkpoint", "last"]
@@ -102,6 +102,9 @@ def test_a_run_goes_on_only_with_what_it_was_made_from(train, model_folder, data
     ]:
         with pytest.raises(InputError, match=f"checkpoint-1 is of another run: .*{differs}"):
             train("out", *resume, *options)
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="`bf16` is False, not True"):
+        patch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")  # as `accelerate launch` does
+        train("out", *resume)
     train("elsewhere", *short)
     with pytest.raises(InputError, match="elsewhere holds another run"):
         train("elsewhere", *short, "--resume_from_checkpoint", tmp_path / "out" / "checkpoint-1")
