@@ -187,8 +187,7 @@ class SamoePreTrainedModel(Sam2VideoModel):
     @property
     def memory_selection(self) -> str:
         """Which memories a frame reads, see [`SamoeConfig`]."""
-        assert self.config.memory_selection is not None  # it was completed
-        return self.config.memory_selection
+        return self.config.memory_selection or self.base.memory_selection
 
     def outlive_graphs(self, output: T) -> T:
         """What a compiled part puts out, copied where the next run of its CUDA graph would overwrite it."""
