@@ -352,6 +352,11 @@ def _object_tasks(
         if call.frame_idx in one.state.bank.conditioning:
             one.mark_as_tracked(call.frame_idx, call.reverse)
         elif one.state.showing:
+            if one.prompt(call.frame_idx) is not None:
+                logger.warning_once(
+                    "A corrected frame is tracked anew, without its correction, as in `sam2`. Propagate from the next "
+                    "frame on to keep it, or set `corrections_condition = True` of the session before it is given."
+                )
             tasks.append((one, _tracking_task(model, one, call)))
         else:
             one.drop_tracked(call.frame_idx)
