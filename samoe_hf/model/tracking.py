@@ -227,6 +227,8 @@ def new_prompt_steps(
     if model.training:
         logger.warning_once("The model is in training mode, in which it tracks worse; call `model.eval()` before.")
     objects = session_objects(session)
+    if not any("state" in one.outputs for one in objects):
+        setattr(session, "domain_decision", None)  # noqa: B010  # it begins, maybe once more after a reset
     for tracked_object in objects:
         tracked_object.join(model)
         for frame_idx in list(tracked_object.state.segmented_prompts):

@@ -262,6 +262,12 @@ def test_a_video_that_changes_its_look_is_decided_anew_if_asked_for(gated, proce
     for interval, expected in ((None, ["a"] * 6), (2, ["a"] * 4 + ["b"] * 2)):
         session = start(frames, processor, first, domain_interval=interval)
         assert [gated(session, frame_idx=t).domain for t in range(6)] == expected
+        session.reset_tracking_data()
+        for frame_idx, domain in ((5, "b"), (0, "b")):
+            processor.add_inputs_to_inference_session(
+                session, frame_idx, 1, input_points=[[[[60, 60]]]], input_labels=[[[1]]]
+            )
+            assert interval or gated(session, frame_idx=frame_idx).domain == domain
     with pytest.raises(ValueError, match="`domain_interval` must be at least 1"):
         VideoSession(frames, processor, domain_interval=0)
 
