@@ -5,7 +5,7 @@ import threading
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from helpers.domains import ENCODER_AND_MEMORY, add_learned_domain, clip_masks, new_model, with_two_domains
@@ -20,7 +20,7 @@ from samoe_hf.model.domain_choice import decide_domains
 from samoe_hf.model.domain_experts import domain_modules
 from samoe_hf.model.domain_gate import NO_DOMAIN, DomainGate, GateDecision
 from samoe_hf.model.processing_samoe import build_processor
-from samoe_hf.surgery.domains import add_domain, rename_domain
+from samoe_hf.surgery.domains import add_domain, merge_domains, rename_domain
 
 DOMAIN_OF = {"blobs": "a", "stripes": "b", "shapes": None}  # what the gate knows
 
@@ -402,8 +402,12 @@ def test_an_adapter_of_peft_goes_around_layers_with_domains(two_clips, tmp_path)
     model.save_pretrained(tmp_path)
     loaded = SamoeModel.from_pretrained(tmp_path)
     torch.testing.assert_close(clip_masks(loaded, two_clips, "b"), changed, rtol=0, atol=1e-5)
-    with pytest.raises(ValueError, match="has adapters of PEFT"):
-        add_domain(loaded, "c")
+    for change in (lambda: add_domain(loaded, "c"), lambda: merge_domains(new_model(), loaded)):
+        with pytest.raises(ValueError, match="has adapters of PEFT"):
+            change()
+    adapted = get_peft_model(with_two_domains(), LoraConfig(target_modules="all-linear", r=2))
+    rename_domain(adapted.get_base_model(), "b", "c")
+    torch.testing.assert_close(clip_masks(adapted.merge_and_unload(), two_clips, "c"), expected, rtol=0, atol=1e-5)
 
 
 def test_what_experts_do_is_told_and_drawn_for_each_domain(gated, processor, domain_videos):
