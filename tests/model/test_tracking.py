@@ -286,6 +286,7 @@ def test_several_videos_are_tracked_at_once(nano, processor, video):
         for output, wanted in zip(outputs, expected, strict=True):
             assert output.object_ids == wanted.object_ids
             assert (output.pred_masks - wanted.pred_masks).abs().mean() < 1e-4
+    assert type(nano.model(sessions[0], torch.tensor(1)).frame_idx) is int
     sessions[1].dtype = torch.bfloat16
     with pytest.raises(ValueError, match="`sessions` must be of one"):
         nano.model.track_together(sessions, 0)
