@@ -123,6 +123,12 @@ class VideoSession(Sam2VideoInferenceSession):
             check_prompt(SessionObject(self, obj_idx), frame_idx, image_size, upcoming=False, earlier=earlier)
 
     @property
+    def num_frames(self) -> int | None:
+        """Frames of the video; of a stream those so far, also where the first ones are forgotten."""
+        frames = self.processed_frames
+        return max(frames, default=-1) + 1 if isinstance(frames, dict) else super().num_frames
+
+    @property
     def has_all_frames(self) -> bool:
         """Whether all frames are known. Then prompts are checked as they are added, and those of a stream later."""
         return isinstance(self.processed_frames, PreparedFrames)

@@ -155,6 +155,8 @@ def test_streams_may_be_endless(short, processor):
         torch.testing.assert_close(*masks, rtol=0, atol=0)
         held.append(held_bytes(session))
     assert held[-1] == held[-8] < held_bytes(plain) / 2
+    (again,) = short.propagate_in_video_iterator(session, 27)
+    torch.testing.assert_close(again.pred_masks, masks[0], rtol=1e-4, atol=1e-4)
 
 
 @pytest.fixture

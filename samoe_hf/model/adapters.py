@@ -114,7 +114,8 @@ def adapter_names(model: SamoePreTrainedModel) -> list[str]:
 def active_adapters(model: SamoePreTrainedModel) -> dict[str, bool] | None:
     """Name of each adapter -> whether it is used; None if there is none."""
     names = adapter_names(model)
-    active = next((layer.active_adapters for _, layer in tuner_layers(model)), []) if names else []
+    layers = tuner_layers(model) if names else ()
+    active = next(([] if layer.disable_adapters else layer.active_adapters for _, layer in layers), [])
     return {name: name in active for name in names} or None
 
 

@@ -6,7 +6,12 @@ A further base is a file like `base_sam3.py` and an entry in `BASES`.
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from transformers import PreTrainedConfig, Sam2VideoInferenceSession, Sam3TrackerVideoInferenceSession
+from transformers import (
+    EdgeTamVideoInferenceSession,
+    PreTrainedConfig,
+    Sam2VideoInferenceSession,
+    Sam3TrackerVideoInferenceSession,
+)
 
 from .base_edgetam import EDGETAM
 from .base_interface import FINEST_RATIO, TYPED_PARTS, Base, VideoConfig
@@ -16,8 +21,8 @@ from .errors import InputError
 
 # The first one that recognizes a configuration is its base; SAM 2 takes what is left.
 BASES = (SAM3, EDGETAM, SAM2)
-# What transformers' processors start, of any base.
-InferenceSession = Sam2VideoInferenceSession | Sam3TrackerVideoInferenceSession
+# transformers' sessions, of any base.
+InferenceSession = Sam2VideoInferenceSession | Sam3TrackerVideoInferenceSession | EdgeTamVideoInferenceSession
 # Types of models whose configurations are read.
 MODEL_TYPES = {model_type: base for base in BASES for model_type in base.model_types}
 

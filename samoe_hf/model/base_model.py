@@ -75,7 +75,7 @@ class Origin:
         quantized: names of layers whose weights are quantized.
         commit: of the Hub repository that the model was loaded from; that of its base is in `source`.
         image_size: that of the configuration there; the model may take another.
-        fingerprints: of the full base model under a quantized one, by the names that were left out and the type.
+        fingerprints: of tensors of the full base model, by their names and the type.
     """
 
     source: dict[str, str | None] | None = None
@@ -187,8 +187,7 @@ class SamoePreTrainedModel(Sam2VideoModel):
     @property
     def memory_selection(self) -> str:
         """Which memories a frame reads, see [`SamoeConfig`]."""
-        assert self.config.memory_selection is not None  # it was completed
-        return self.config.memory_selection
+        return self.config.memory_selection or self.base.memory_selection
 
     def outlive_graphs(self, output: T) -> T:
         """What a compiled part puts out, copied where the next run of its CUDA graph would overwrite it."""

@@ -131,7 +131,9 @@ OTHER_RULES = {
     "older_memory_pooling": integer(1),
     "memory_attention_dropout": number("from 0 to 1", lambda x: 0 <= x <= 1),
     "memory_attention_rope_dropout": number("from 0 to 1", lambda x: 0 <= x <= 1),
-    "memory_selection": Rule(f"one of {', '.join(MEMORY_SELECTIONS)}", lambda value: value in [*MEMORY_SELECTIONS]),
+    "memory_selection": Rule(
+        f"one of {', '.join(MEMORY_SELECTIONS)}", lambda value: value in [None, *MEMORY_SELECTIONS]
+    ),
     "unknown": Rule(f"one of {', '.join(UNKNOWN)}", lambda value: value in UNKNOWN),
     "base_model": mapping("texts", str | None),
     "adapters": mapping("True or False", bool),
@@ -241,11 +243,15 @@ class SamoeConfig(Sam2VideoConfig):
                     read_expressions(domain)
         self.check_experts()
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Sets a field, also of a model that is there, which is read from then on; see [`OTHER_RULES`]."""
+        if name in OTHER_RULES:
+            _check(name, value, OTHER_RULES[name])
+        super().__setattr__(name, value)
+
     def check_experts(self) -> None:
         """Raises a `ValueError` that names the first field with a value out of range."""
         check_expert_settings({name: getattr(self, name) for name in EXPERT_SETTINGS})
-        for name, rule in OTHER_RULES.items():
-            _check(name, getattr(self, name), rule)
         base = base_of(self)
         _check("vision_config.backbone_config.patch_size", base.stride(self), integer(1))
         self._check_image_size(self.image_size)

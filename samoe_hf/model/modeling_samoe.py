@@ -427,9 +427,9 @@ class SamoeModel(SamoePreTrainedModel):
         """As in the base class, with all adapters of PEFT. If anything fails, the folder is left as it was.
 
         Args:
-            experts_only: writes only experts, routers and whatever else is trainable, and the name of the base model,
-                which [`from_pretrained`] then fetches; and a processor, if there is none. By default so where the base
-                is quantized, and else not.
+            experts_only: writes only experts, routers and whatever else is trainable or not as in the base, and the
+                name of the base model, which [`from_pretrained`] then fetches; and a processor, if there is none. By
+                default so where the base is quantized, and else not.
             processor: is saved as well.
             base_model: with `experts_only`, the Hub id to refer to, if the base was loaded from somewhere else. It is
                 loaded, to see that it is the same.

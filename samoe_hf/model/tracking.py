@@ -186,7 +186,7 @@ def track_frame(
             run_steps(model, [step])
     objects = [session_objects(session) for session in sessions]
     run_steps(model, [TrackingStep(_object_tasks(model, own, call), call) for own in objects])
-    return [_frame_result(model, session, own, frame_idx) for session, own in zip(sessions, objects, strict=True)]
+    return [_frame_result(model, session, own, call.frame_idx) for session, own in zip(sessions, objects, strict=True)]
 
 
 def frame_steps(
@@ -204,10 +204,9 @@ def frame_steps(
 def _check_session(model: SamoePreTrainedModel, session: InferenceSession, frame_idx: int | None) -> None:
     if session.get_obj_num() == 0:
         raise InputError("No objects are provided for tracking; please add inputs first.")
-    if frame_idx is not None and frame_idx not in (session.processed_frames or ()):
-        raise InputError(
-            f"`frame_idx` must be a frame of the session ({session.num_frames or 0} frames), got {frame_idx}."
-        )
+    frames = session.processed_frames or ()
+    if frame_idx is not None and frame_idx not in frames:
+        raise InputError(f"`frame_idx` must be a frame of the session ({len(frames)} frames), got {frame_idx}.")
     reach = max(model.num_maskmem, model.config.max_object_pointers_in_encoder)
     if (kept := getattr(session, "keep_frames", reach)) < reach:  # of a VideoSession
         raise InputError(f"`keep_frames` must be at least the model's reach of {reach}, got {kept}.")
@@ -227,6 +226,8 @@ def new_prompt_steps(
     if model.training:
         logger.warning_once("The model is in training mode, in which it tracks worse; call `model.eval()` before.")
     objects = session_objects(session)
+    if not any("state" in one.outputs for one in objects):
+        setattr(session, "domain_decision", None)  # noqa: B010  # it begins, maybe once more after a reset
     for tracked_object in objects:
         tracked_object.join(model)
         for frame_idx in list(tracked_object.state.segmented_prompts):
@@ -352,6 +353,11 @@ def _object_tasks(
         if call.frame_idx in one.state.bank.conditioning:
             one.mark_as_tracked(call.frame_idx, call.reverse)
         elif one.state.showing:
+            if one.prompt(call.frame_idx) is not None:
+                logger.warning_once(
+                    "A corrected frame is tracked anew, without its correction, as in `sam2`. Propagate from the next "
+                    "frame on to keep it, or set `corrections_condition = True` of the session before it is given."
+                )
             tasks.append((one, _tracking_task(model, one, call)))
         else:
             one.drop_tracked(call.frame_idx)

@@ -68,20 +68,47 @@ def base_fingerprint(
     is_cast = len({tensor.dtype for tensor in own.values() if tensor.is_floating_point()}) > 1
     if model.origin.source is None or not (is_quantized or is_cast):
         return hash_tensors(own.items(), dtype)
-    known, key = model.origin.fingerprints, (frozenset(saved), dtype)
+    known, key = model.origin.fingerprints, (frozenset(own), dtype)
     if is_quantized and key in known:
         return known[key]
     base = _load_base(type(model), model.config, model.origin.source, {"dtype": dtype})
     full = _base_tensors(base.state_dict(), saved)
     if is_quantized:
-        return known.setdefault(key, hash_tensors(full.items(), dtype))
-    changed = [name for name, x in own.items() if not torch.equal(x.cpu(), full[name].to(x.dtype))]
-    if changed:
-        raise InputError(
-            f"{changed[0]!r} is not the base model's, whose tensors `experts_only` leaves out; make it trainable, or "
-            "save the model as a whole."
-        )
+        return _remember(model, full, dtype)
+    if changed := _changed(own, full):
+        raise InputError(f"{min(changed)!r} is not as in the base model, of which parts are of another type.")
     return hash_tensors(full.items(), dtype)
+
+
+def _add_changed(model: SamoePreTrainedModel, saved: set[str], state_dict: Mapping[str, Tensor], dtype: Any) -> None:
+    """Adds to `saved` what has other values than in the base, as what was trained before, or a LoRA that was merged.
+
+    Once for each choice of tensors, the base is loaded again. Of one that is not there any more, nobody knows.
+    """
+    own, known = _base_tensors(state_dict, saved), model.origin.fingerprints
+    if model.origin.source is None or model.origin.quantized:
+        return
+    if known.get((frozenset(own), dtype)) == hash_tensors(own.items(), dtype):
+        return
+    try:
+        base = _load_base(type(model), model.config, model.origin.source, {"dtype": dtype}).state_dict()
+    except (OSError, ValueError):
+        return
+    changed = _changed(own, base)
+    saved |= changed
+    model.origin.changed |= changed
+    _remember(model, _base_tensors(base, saved), dtype)
+
+
+def _remember(model: SamoePreTrainedModel, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> str:
+    """The hash of tensors of a model's base, as it was loaded; it is kept."""
+    digest = model.origin.fingerprints[frozenset(tensors), dtype] = hash_tensors(tensors.items(), dtype)
+    return digest
+
+
+def _changed(own: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> set[str]:
+    """Names of a model's tensors that have other values in a base, in the type that they have here."""
+    return {name for name, x in own.items() if not torch.equal(x.cpu(), base[name].to(x.dtype))}
 
 
 def _base_tensors(state_dict: Mapping[str, Tensor], saved: set[str]) -> dict[str, Tensor]:
@@ -132,6 +159,7 @@ def save_trained(
     trainable = {plain_name(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
     saved = trainable | model.origin.changed
     dtype = next((x.dtype for x in state_dict.values() if x.is_floating_point()), model.dtype)
+    _add_changed(model, saved, state_dict, dtype)
     digest = base_fingerprint(model, saved, state_dict, dtype)
     if base_model is not None:
         base = _load_base(type(model), model.config, {"name_or_path": base_model}, {"dtype": dtype})
@@ -209,7 +237,7 @@ def load_trained(
         is_of_experts = bool(reshaped) and all(map(is_expert_parameter, reshaped))
         hint = " `replace_experts` gives a loaded model other experts." if is_of_experts else ""
         raise InputError(f"{names}, which it does not fit: {describe_mismatches(problems)}.{hint}")
-    if hash_tensors(_base_tensors(own, set(found)).items(), model.dtype) != digest:
+    if _remember(model, _base_tensors(own, set(found)), model.dtype) != digest:
         raise InputError(f"{names}, but the tensors there are not those that it was trained on (other fingerprint).")
     new = [name for name, tensors in of_domains.items() if lacking & tensors.keys()]
     others = [name for name in found if name not in kept]

@@ -84,9 +84,9 @@ def _describe_domain(model: SamoeModel, name: str, like: str | None, settings: d
 
 def remove_domain(model: SamoeModel, name: str) -> None:
     """Takes a domain's experts away, and what the gate knows of it."""
-    index = _domain_index(model, name)
+    row = _row(model, name)
     remove_domain_layers(model, name, [layer for layer, _ in domain_modules(model, name)])
-    remove_row(_gate(model), index)
+    remove_row(*row)
     _set_domains(model, [domain for domain in _domains(model) if domain["name"] != name])
 
 
@@ -111,7 +111,7 @@ def rename_domain(model: SamoeModel, name: str | None, new_name: str) -> None:
     if name is None:
         _make_domain(model, new_name)
         return
-    rename_row(_gate(model), _domain_index(model, name), new_name)
+    rename_row(*_row(model, name), new_name)
     for layer, experts in list(domain_modules(model, name)):
         module = model.get_submodule(layer)
         delattr(module, PREFIX + name)
@@ -170,6 +170,7 @@ def merge_domains(model: SamoeModel, other: SamoeModel) -> list[str]:
         alike = "" if own == both[0] else f", and the other's {both[0]!r} differs by upper and lower case alone"
         raise InputError(f"Both models have a domain {own!r}{alike}; rename one of them.")
     check_no_adapters(model)
+    check_no_adapters(other)
     if base_fingerprint(model, set()) != base_fingerprint(other, set()):
         raise InputError("The models have different bases, whose experts do not fit each other.")
     for name in SHARED_SETTINGS:
@@ -223,13 +224,13 @@ def fit_domain(model: SamoeModel, name: str, features: Tensor, videos: Tensor) -
         videos: (frames,) integers, which video each frame is of.
     """
     spread = video_spread(model.config.image_size)
-    fit_row(_gate(model), _domain_index(model, name), features, videos, spread)
+    fit_row(*_row(model, name), features, videos, spread)
 
 
 def confirm_domain(model: SamoeModel, name: str, features: Tensor) -> None:
     """Lets the gate know one more video of a domain, without any training: (frames, features) as in [`fit_domain`]."""
     spread = video_spread(model.config.image_size)
-    confirm_row(_gate(model), _domain_index(model, name), features, spread)
+    confirm_row(*_row(model, name), features, spread)
 
 
 def _own_settings(model: SamoeModel) -> dict[str, Any]:
@@ -243,15 +244,15 @@ def _begin_domains(model: SamoeModel) -> None:
 
 def _set_domains(model: SamoeModel, domains: list[dict[str, Any]]) -> None:
     model.config.domains = domains
-    model.expert_module_names = [name for name, module in model.named_modules() if isinstance(module, DomainLinear)]
+    layers = (name for name, module in model.named_modules() if isinstance(module, DomainLinear))
+    model.expert_module_names = [name.removesuffix(".base_layer") for name in layers]  # of what an adapter is around
 
 
 def _copy_experts(source: SamoeModel, source_domain: str, target: SamoeModel, target_domain: str) -> None:
     """Gives a domain's experts the values of those of a domain of the same or another model."""
-    # Where an adapter of PEFT lies around a layer, the layer is its `base_layer`.
-    sources = {layer.removesuffix(".base_layer"): experts for layer, experts in domain_modules(source, source_domain)}
+    sources = dict(domain_modules(source, source_domain))
     for layer, experts in domain_modules(target, target_domain):
-        experts.load_state_dict(sources[layer.removesuffix(".base_layer")].state_dict())
+        experts.load_state_dict(sources[layer].state_dict())
 
 
 def find_domain(model: SamoeModel, name: str) -> dict[str, Any]:
@@ -271,6 +272,12 @@ def _append_unknown(model: SamoeModel, name: str) -> None:
 def _gate(model: SamoeModel) -> DomainGate:
     assert model.domain_gate is not None  # a model with domains has one
     return model.domain_gate
+
+
+def _row(model: SamoeModel, name: str) -> tuple[DomainGate, int]:
+    """A model's gate, and the row of a domain in it."""
+    index = _domain_index(model, name)
+    return _gate(model), index
 
 
 def _domain_index(model: SamoeModel, name: str) -> int:

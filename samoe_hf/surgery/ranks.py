@@ -21,6 +21,7 @@ def sort_directions(model: SamoeModel, name: str) -> dict[str, Tensor]:
     The products stay what they are, but for rounding. Returns the squared singular values (rank,) by the name of a
     layer, summed over its experts.
     """
+    find_domain(model, name)
     energies = {}
     for layer, experts in domain_modules(model, name):
         U, values, Vh = svd_of_product(experts.lora_B, experts.lora_A)

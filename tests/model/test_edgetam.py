@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch import nn
-from transformers import EdgeTamVideoModel
+from transformers import EdgeTamVideoInferenceSession, EdgeTamVideoModel
 
 from helpers.edgetam import edgetam_model, edgetam_peer, needs_timm
 from helpers.prompted import PROMPTS, OriginalsMasks, frames, track
@@ -48,6 +48,16 @@ def test_masks_are_those_of_transformers(ours, theirs, processor, prompt, start,
     assert prompt == "mask" or (masks - expected)[0].abs().mean() < 1e-10  # without memories
     assert (expected[-1] - expected[-2]).abs().mean() > 0.1  # of two frames
     assert click is None or (masks[1] - masks[0]).abs().mean() > 1e-4
+
+
+def test_sessions_of_transformers_edgetam_are_taken(ours, processor):
+    session = processor.init_video_session(video=frames(), dtype=torch.float64)
+    pixel_values = torch.stack([*session.processed_frames.values()])
+    size = session.video_height, session.video_width
+    own = EdgeTamVideoInferenceSession(pixel_values, *size, dtype=torch.float64)
+    for one in (session, own):
+        processor.add_inputs_to_inference_session(one, 0, 1, **PROMPTS["point"])
+    assert torch.equal(ours(own, 0).pred_masks, ours(session, 0).pred_masks)
 
 
 def test_in_float32_they_differ_by_rounding(processor):

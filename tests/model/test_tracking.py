@@ -87,7 +87,8 @@ def propagate(model, session, *args):
     return {output.frame_idx: output.pred_masks for output in model.propagate_in_video_iterator(session, *args)}
 
 
-def test_a_correction_changes_what_follows_until_its_frame_is_tracked_anew(nano, processor, video):
+def test_a_correction_changes_what_follows_until_its_frame_is_tracked_anew(nano, processor, video, caplog):
+    transformers_logging.warning_once.cache_clear()
     session = start(processor, video, (1, 0, POINT_1), (2, 0, BOX))
     before = propagate(nano.model, session)
     processor.add_inputs_to_inference_session(session, 3, 1, **CORRECTION)
@@ -97,7 +98,9 @@ def test_a_correction_changes_what_follows_until_its_frame_is_tracked_anew(nano,
     after = propagate(nano.model, session, 4)
     assert (after[4][0] - before[4][0]).abs().mean() > 1e-4
     torch.testing.assert_close(after[4][1], before[4][1], atol=1e-4, rtol=0)
+    assert not caplog.text
     anew = propagate(nano.model, session, 0)
+    assert "A corrected frame is tracked anew, without its correction" in caplog.text
     for frame_idx, expected in before.items():
         torch.testing.assert_close(anew[frame_idx], expected, atol=1e-4, rtol=0)
 
@@ -283,6 +286,7 @@ def test_several_videos_are_tracked_at_once(nano, processor, video):
         for output, wanted in zip(outputs, expected, strict=True):
             assert output.object_ids == wanted.object_ids
             assert (output.pred_masks - wanted.pred_masks).abs().mean() < 1e-4
+    assert type(nano.model(sessions[0], torch.tensor(1)).frame_idx) is int
     sessions[1].dtype = torch.bfloat16
     with pytest.raises(ValueError, match="`sessions` must be of one"):
         nano.model.track_together(sessions, 0)

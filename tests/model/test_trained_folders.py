@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoProcessor
 
@@ -19,7 +19,7 @@ from helpers.reference import ROOT, assert_same_tensors, assert_tensors, change_
 from samoe_hf import SamoeConfig, SamoeModel
 from samoe_hf.data.registry import read_yaml
 from samoe_hf.errors import InputError
-from samoe_hf.model import loading
+from samoe_hf.model import loading, weights_trained
 from samoe_hf.model.expert_layer import is_expert_parameter
 from samoe_hf.model.weights_io import unchanged_model, updated_folder
 
@@ -47,6 +47,25 @@ def test_tensors_trained_earlier_are_kept(model_folder, tmp_path):
     loaded.save_pretrained(tmp_path / "two", experts_only=True)
     again = SamoeModel.from_pretrained(tmp_path / "two")
     assert torch.equal(again.mask_decoder.iou_token.weight, model.mask_decoder.iou_token.weight)
+
+
+def test_a_base_that_was_changed_is_saved_where_it_was(model_folder, tmp_path, monkeypatch):
+    """By what was trained and then frozen, and by a LoRA that was merged; the base is loaded again once at most."""
+    model = SamoeModel.from_pretrained(model_folder)
+    model.save_pretrained(tmp_path / "experts", experts_only=True)
+    model.set_trainable("decoder")
+    with torch.no_grad():
+        model.mask_decoder.iou_token.weight += 1
+    model.set_trainable("experts")
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    model = adapted.merge_and_unload()
+    model.save_pretrained(tmp_path / "merged", experts_only=True)
+    monkeypatch.setattr(weights_trained, "_load_base", None)
+    model.save_pretrained(tmp_path / "again", experts_only=True)
+    monkeypatch.undo()
+    assert len(load_file(tmp_path / "merged" / "model.safetensors")) < len(model.state_dict()) / 2
+    for name in ("merged", "again"):
+        assert_same_tensors(SamoeModel.from_pretrained(tmp_path / name), model)
 
 
 def test_another_base_is_refused_with_both_names(experts_folder, model_folder, tmp_path):
@@ -103,10 +122,10 @@ def test_what_was_trained_over_a_base_with_parts_of_another_type_is_loaded(model
     model.vision_encoder.half()
     model.save_pretrained(tmp_path / "trained", experts_only=True)
     assert_same_tensors(SamoeModel.from_pretrained(tmp_path / "trained"), SamoeModel.from_pretrained(model_folder))
-    next(model.mask_decoder.parameters()).data += 1
-    with pytest.raises(ValueError, match=r"'mask_decoder\..*' is not the base model's"):
-        model.save_pretrained(tmp_path / "other", experts_only=True)
-    assert not (tmp_path / "other").exists()
+    token = model.mask_decoder.iou_token.weight
+    token.data += 1
+    model.save_pretrained(tmp_path / "changed", experts_only=True)
+    assert torch.equal(SamoeModel.from_pretrained(tmp_path / "changed").mask_decoder.iou_token.weight, token)
 
 
 def test_a_model_of_the_configuration_of_what_was_trained_is_saved_as_a_whole(experts_folder, tmp_path):

@@ -18,6 +18,7 @@ from samoe_hf.model.domain_experts import domain_modules
 from samoe_hf.model.processing_samoe import build_processor
 from samoe_hf.surgery.domains import (
     add_domain,
+    confirm_domain,
     copy_domain_experts,
     fit_domain,
     merge_domains,
@@ -33,6 +34,7 @@ from samoe_hf.surgery.experts import (
     reset_expert,
 )
 from samoe_hf.surgery.loras import add_expert, add_lora_domain, export_expert
+from samoe_hf.surgery.ranks import set_ranks, sort_directions
 
 
 @pytest.fixture
@@ -111,9 +113,12 @@ def test_domains_are_removed_and_renamed(gated, model, two_clips, processor, dom
     remove_domain(model, "type")
     plain = {name for name in new_model().state_dict() if "lora_" not in name and "router" not in name}
     assert {name for name in model.state_dict() if not name.startswith("domain_gate")} == plain
-    for change in (lambda name: remove_domain(model, name), lambda name: rename_domain(model, name, "x")):
-        with pytest.raises(ValueError, match="The model has no domain 'a'; there are none"):
-            change("a")
+    nothing = torch.zeros(2, 1), torch.zeros(2)
+    changes = [(remove_domain,), (rename_domain, "x"), (fit_domain, *nothing), (confirm_domain, nothing[0])]
+    for without in (model, new_model()):
+        for change, *arguments in (*changes, (sort_directions,), (set_ranks, 2)):
+            with pytest.raises(ValueError, match="The model has no domain 'a'; there are none"):
+                change(without, "a", *arguments)
 
 
 def test_two_peoples_domains_are_put_side_by_side(gated, model, two_clips, processor, domain_videos):
