@@ -172,6 +172,8 @@ def test_the_readme_is_short_and_every_guide_is_listed():
     index, site = (ROOT / "docs" / "README.md").read_text(), (ROOT / "mkdocs.yml").read_text()
     for path in (ROOT / "docs").glob("*.md"):
         assert path.name == "README.md" or (f"]({path.name})" in index and f": {path.name}\n" in site), path.name
+    for path in (ROOT / "docs").glob("*/*.md"):  # else `make docs` stops
+        assert f"{path.parent.name}/{path.name}\n" in site, path
 
 
 def test_every_kind_of_data_and_its_options_are_in_the_guide():
