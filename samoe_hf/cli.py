@@ -64,12 +64,7 @@ def run_command(name: str, arguments: Sequence[str]) -> None:
         sys.excepthook = _say_stopped
     try:
         parsed = command.parse_arguments(arguments)
-        # torchao and bitsandbytes, which transformers and PEFT import, warn of what nobody asked for.
-        for name in ("torch.utils._pytree", "bitsandbytes"):
-            logging.getLogger(name).setLevel(logging.ERROR)
-        from transformers.utils.logging import disable_progress_bar  # not needed for a help text, and slow
-
-        disable_progress_bar()  # of loading and saving, beside the command's own
+        quiet_libraries()  # not needed for a help text, and slow
         command.run(parsed)
     except Exception as error:
         is_ours = isinstance(error, InputError | FileNotFoundError)
@@ -84,6 +79,16 @@ def run_command(name: str, arguments: Sequence[str]) -> None:
         sys.exit(f"error: {subject}{' '.join(words)}{advice}")
     finally:
         _leave_other_processes()
+
+
+def quiet_libraries() -> None:
+    """Turns off what nobody asked for: warnings of torchao and bitsandbytes, which transformers and PEFT import, and
+    bars of loading and saving beside a command's own."""
+    for name in ("torch.utils._pytree", "bitsandbytes"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
 
 
 def _say_stopped(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

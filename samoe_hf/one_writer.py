@@ -21,6 +21,8 @@ from samoe_hf.whole_files import clear_unfinished, write_text
 
 # Data loader workers of a process that was killed hold its lock until they notice.
 WAIT_FOR_WORKERS = 20
+# Of a command, the Hub's tokens: by how they begin, and what follows an option of that name, which may be shortened.
+TOKENS = re.compile(r"(--hub[_-]t\w*[= ]+|token['\"]?[=: ]+)(?:'[^']*'|[^\s,}'\"]+)|\bhf_\w+")
 
 
 class OneWriter:
@@ -91,7 +93,7 @@ class OneWriter:
             if self._file.exists() and self._file.stat().st_ino == number:
                 break
             self._lock.release()  # of a file that the one before had just removed
-        command = re.sub(r"\bhf_\w+", "hf_…", shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]))  # a token of the Hub
+        command = TOKENS.sub(r"\1…", shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]))
         about = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time(), "command": command[:300]}
         write_text(self._about, json.dumps(about))
 

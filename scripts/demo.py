@@ -8,6 +8,11 @@ Each domain gets experts of its own, and a gate chooses whose experts a video ge
 eight minutes on one CPU core. Pictures are left in `outputs/demo`.
 """
 
+if __name__ == "__main__":
+    from samoe_hf.cli import quiet_libraries
+
+    quiet_libraries()  # before they are imported
+
 import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -62,6 +67,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parsed.domains = parsed.domains or ["stripes", "blobs"]
     if len(set(parsed.domains)) < len(parsed.domains):
         parser.error(f"--domain must name different domains, got {', '.join(parsed.domains)}")
+    if any((parsed.output / domain).exists() for domain in parsed.domains):
+        parser.error(f"--output {parsed.output} holds what an earlier demo learned; remove it, or give another folder")
     return parsed
 
 

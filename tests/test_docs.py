@@ -50,10 +50,17 @@ def find_name(name: str) -> Any:
     return None
 
 
+def anchors(text: str) -> set[str]:
+    """Of a page's headings, as links name them."""
+    return {re.sub(r"[^\w -]", "", line).replace(" ", "-").lower() for line in re.findall(r"^#+ (.+)", text, re.M)}
+
+
 def text_faults(text: str, folder: Path) -> Iterator[str]:
     """Links, paths of the repository (`*` stands for anything) and names of the package that lead nowhere."""
-    targets = re.findall(r"\]\(([^)#\s]+)[^)]*\)", text)
-    yield from (target for target in targets if "://" not in target and not (folder / target).exists())
+    for target, anchor in re.findall(r"\]\((?!\w+:)([^)#\s]*)#?([^)\s]*)[^)]*\)", text):
+        page = folder / target
+        if not page.exists() or (anchor and anchor not in anchors(page.read_text() if target else text)):
+            yield f"{target}#{anchor}"
     paths = re.findall(rf"(?<![\w./-])(?:{'|'.join(FOLDERS)})/[\w.*/-]*[\w*/]", text)
     yield from (path for path in paths if not any(ROOT.glob(path.rstrip("/"))))
     names = re.findall(r"(?<![\w/.])samoe_hf(?:\.[a-zA-Z_]\w*)+", text)
@@ -155,7 +162,8 @@ def test_what_it_names_is_there(page):
 @pytest.mark.parametrize(
     "text",
     [
-        "[a](nowhere.md#b)", "`samoe_hf/nothing.py`", "`samoe_hf.hub.nothing`", "```\nmake nothing\n```",
+        "[a](nowhere.md#b)", "[a](README.md#nowhere)", "[a](#nowhere)", "`samoe_hf/nothing.py`",
+        "`samoe_hf.hub.nothing`", "```\nmake nothing\n```",
         "```\nsamoe fly\n```", "```\nsamoe track m v --outptu o\n```", "```\nsamoe train smoke --no_key 1\n```",
         "```yaml\nno_key: 1\n```", "```yaml\ntrain_data: [{kind: davis, no_option: 1}]\n```",
         "```python\nfrom samoe_hf import Nothing\n```", "```python\nmodel.nothing()\n```",
@@ -172,6 +180,8 @@ def test_the_readme_is_short_and_every_guide_is_listed():
     index, site = (ROOT / "docs" / "README.md").read_text(), (ROOT / "mkdocs.yml").read_text()
     for path in (ROOT / "docs").glob("*.md"):
         assert path.name == "README.md" or (f"]({path.name})" in index and f": {path.name}\n" in site), path.name
+    for path in (ROOT / "docs").glob("*/*.md"):  # else `make docs` stops
+        assert f"{path.parent.name}/{path.name}\n" in site, path
 
 
 def test_every_kind_of_data_and_its_options_are_in_the_guide():

@@ -76,12 +76,21 @@ def test_of_several_processes_the_first_stands_for_all(tmp_path, monkeypatch):
         assert list(tmp_path.glob("_writer.*"))
 
 
-def test_a_token_of_the_command_is_not_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["samoe", "train", "run.yaml", "--hub_token", "hf_Secret9"])
+@pytest.mark.parametrize(
+    ("words", "kept"),
+    [
+        (["--hub_token", "Secret9"], "--hub_token …"),
+        (["--hub-token=Secret9", "--seed", "1"], "--hub-token=… --seed 1"),
+        (["--hub_tok", "a Secret9", "--seed", "1"], "--hub_tok … --seed 1"),
+        (["--train_data", "{kind: hub, token: Secret9, id: b}"], "--train_data '{kind: hub, token: …, id: b}'"),
+        (["--output", "tokens/hf_Secret9/a"], "--output tokens/…/a"),
+        (["--include_num_input_tokens_seen", "all"], "--include_num_input_tokens_seen all"),
+    ],
+)
+def test_a_token_of_the_command_is_not_written(tmp_path, monkeypatch, words, kept):
+    monkeypatch.setattr(sys, "argv", ["samoe", "train", "run.yaml", *words])
     with OneWriter(tmp_path):
-        assert json.loads((tmp_path / "_writer.json").read_text())["command"] == (
-            "samoe train run.yaml --hub_token hf_…"
-        )
+        assert json.loads((tmp_path / "_writer.json").read_text())["command"] == f"samoe train run.yaml {kept}"
 
 
 def test_a_lock_that_workers_of_a_killed_process_hold_is_waited_for(tmp_path):

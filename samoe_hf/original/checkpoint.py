@@ -74,6 +74,17 @@ _OTHERS = {
 }
 
 
+class _Unread:
+    """Stands for NumPy's numbers, such as a best score, beside the tensors: nothing that a file asks for is made."""
+
+    def __init__(self, *args: Any): ...
+
+    def __setstate__(self, state: Any): ...
+
+
+_NUMPY = ("numpy.dtype", "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
+
+
 def load_original(
     checkpoint: str | os.PathLike,
     experts: str | os.PathLike | None = None,
@@ -139,7 +150,8 @@ def _widened(tensors: Mapping[str, Tensor], copy: bool = False) -> dict[str, Ten
 
 def _read_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
     """The tensors of a checkpoint in any of the original's forms."""
-    _, tensors, names = _open(path)
+    with torch.serialization.safe_globals([(_Unread, name) for name in _NUMPY]):
+        _, tensors, names = _open(path)
     return {name: tensors[stored].detach() for name, stored in names.items()}
 
 

@@ -262,6 +262,10 @@ class SamoeTrainingArguments(TrainingKeys, TrainingArguments):
             if options.get("use_reentrant") or options.get("offload"):
                 raise InputError(f"`{name}` must have neither `use_reentrant` nor `offload`, got {options}.")
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the Hub's token, which would be uploaded with `training_args.bin`."""
+        return {**vars(self), "hub_token": None}
+
     @property
     def folder(self) -> Path:
         """`output_dir`."""

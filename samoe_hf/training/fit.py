@@ -78,7 +78,8 @@ def fit_arguments(
     model: SamoeModel, args: SamoeTrainingArguments, recipe: PromptRecipe, dataset: Any
 ) -> SamoeTrainingArguments:
     """A copy of a run's arguments, with the settings that cost the least time of those that fit; prints them."""
-    args, memory = copy.copy(args), parse_size(str(args.fit))
+    token, args, memory = args.hub_token, copy.copy(args), parse_size(str(args.fit))
+    args.hub_token = token  # which no copy has
     parts = list(getattr(dataset, "datasets", {"": dataset}).values())
     samplers = [getattr(part, "sampler", None) for part in parts]
     if None in samplers:

@@ -6,6 +6,8 @@ Ten minutes on one core. It writes `samoe_hf/surgery/video_spread.safetensors`: 
 look, the mean of those of the look as it is and changed. No video that `measure_domains.py` reads is among them.
 """
 
+import argparse
+
 import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
@@ -20,6 +22,7 @@ NUM_VIDEOS, NUM_FRAMES, SEED = 20, 7, 101
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     torch.set_num_threads(1)
     model = SamoeModel.from_pretrained(small_base(), image_size=SPREAD_SIZE).eval()
     skipped, spreads = num_pooled_features(model.config)[0], {}

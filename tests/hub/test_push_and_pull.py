@@ -16,7 +16,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module, get
 
 from helpers.edgetam import edgetam_model, needs_timm
 from helpers.hub_client import Client, ClientError
-from helpers.hub_server import HubServer, Repository, use_hub
+from helpers.hub_server import TOKEN, HubServer, Repository, use_hub
 from helpers.reference import ROOT, assert_same_tensors, reference_folder
 from helpers.sam3 import save_combined
 from programs.hub_pull import compare, pull
@@ -390,7 +390,7 @@ def train(tmp_path, monkeypatch):
             "num_frames": 2, "num_correction_clicks": 0, "max_steps": 2, "save_steps": 1, "learning_rate": 1e-3,
             "per_device_train_batch_size": 1, "report_to": "none", "disable_tqdm": True, "push_to_hub": True,
             "output_dir": str(tmp_path / "run"), "hub_model_id": f"run-{strategy}", "hub_strategy": strategy,
-            "hub_always_push": True, **settings,
+            "hub_always_push": True, "hub_token": TOKEN, **settings,
         }  # fmt: skip
         (tmp_path / "run.yaml").write_text(json.dumps(config))
         load = ModelArguments.load
@@ -416,6 +416,7 @@ def test_runs_push_what_they_train(server, train, strategy, subfolder):
     assert {"config.json", "model.safetensors", "processor_config.json"} <= set(repository.files)
     assert len(load(repository.files["model.safetensors"])) == 4 * 16
     assert {name for name in repository.files if name.startswith((".", "_"))} == {".gitattributes"}
+    assert not any(TOKEN.encode() in content for content in repository.files.values())
     if strategy == "end":
         card = repository.files["README.md"].decode()
         assert "model-index:" in card and "type: J&F" in card and "license: apache-2.0" in card

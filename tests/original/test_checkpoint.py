@@ -5,6 +5,7 @@ import sys
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -136,6 +137,7 @@ def test_all_forms_of_checkpoints_are_equal(save, base, experts, full):
     pairs = [
         (save(base, "bare_base.pt"), save({"moe_state_dict": experts}, "guide.pt")),
         (CHECKPOINT, save(experts, "bare_experts.pt")),
+        (CHECKPOINT, save({"best_val_iou": np.float64(0.5), "model_state_dict": experts}, "scored.pt")),
         (save({"model": full}, "full.pt"), None),
         (save(old, "old_experts.pt"), EXPERTS),
     ]

@@ -1,6 +1,8 @@
 """The demo: from the small base to two more domains, with nothing forgotten."""
 
 import re
+import subprocess
+import sys
 
 import demo
 import pytest
@@ -29,7 +31,8 @@ def test_the_demo_does_all_it_says_with_less_to_do(small_folder, tmp_path, monke
     monkeypatch.setattr(demo, "KNOWN_LOOKS", ("shapes",))
     monkeypatch.setattr(demo, "small_base", lambda: small_folder)
     torch.set_num_threads(2)
-    demo.main(["--steps", "1", "--domain", "stripes", "--output", str(tmp_path)])
+    words = ["--steps", "1", "--domain", "stripes", "--output", str(tmp_path)]
+    demo.main(words)
     assert torch.get_num_threads() == 1
     printed = capsys.readouterr().out
     scores = table(printed)
@@ -40,6 +43,9 @@ def test_the_demo_does_all_it_says_with_less_to_do(small_folder, tmp_path, monke
             assert (tmp_path / name).stat().st_size > 1000
         assert len(list((tmp_path / "masks" / f"{look}_2_00000").iterdir())) == 3
     assert (tmp_path / "stripes" / "model.safetensors").is_file() and (tmp_path / "stripes.yaml").is_file()
+    with pytest.raises(SystemExit):
+        demo.main(words)
+    assert "holds what an earlier demo learned" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -49,3 +55,5 @@ def test_the_demo_learns_and_forgets_nothing(tmp_path, capsys, one_thread):
     scores = table(printed)
     assert scores["stripes"][1] > scores["stripes"][0] + 10 and scores["blobs"][2] > scores["blobs"][1] + 10
     assert scores["shapes"][0] > 50 and "are the same to the bit" in printed
+    again = subprocess.run([sys.executable, demo.__file__, "--output", tmp_path], capture_output=True, text=True)
+    assert again.stderr.startswith("usage: demo.py"), "nothing before it is said that is not ours"

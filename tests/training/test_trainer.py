@@ -291,11 +291,12 @@ def test_experts_are_trained_over_a_quantized_base(run_config, tmp_path, options
 
 def test_what_a_trainer_is_given_stays_as_it_is(model_folder, clips, tmp_path):
     model = SamoeModel.from_pretrained(model_folder)
-    arguments = SamoeTrainingArguments(tmp_path, fit="8GB", trainable=["decoder"], report_to="none", use_cpu=True)
-    before, processor = arguments.to_dict(), clips.sampler.processor
+    options = {"fit": "8GB", "trainable": ["decoder"], "report_to": "none", "use_cpu": True, "hub_token": "hf_a"}
+    arguments, processor = SamoeTrainingArguments(tmp_path, **options), clips.sampler.processor
+    before = arguments.to_dict()
     trainer = SamoeTrainer(model, arguments, processing_class=processor, train_dataset=clips)
     assert trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps == 8
-    assert arguments.to_dict() == before
+    assert arguments.to_dict() == before and trainer.args.hub_token == "hf_a"
     assert trainer.train_dataset is clips and trainer.processor is processor
 
 
