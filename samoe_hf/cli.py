@@ -3,7 +3,6 @@
 import argparse
 import io
 import logging
-import re
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -27,8 +26,6 @@ COMMANDS = {
     "export": "write a model for ONNX or torch.export, and a tracker that needs no PyTorch",
     "assemble": "make one model of LoRAs that were trained apart",
 }
-# Arguments of `from_pretrained`, as its errors name them -> what commands call them.
-OPTIONS = {"`experts`": "`--experts`", "`original_config`": "`--config`"}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -75,7 +72,6 @@ def run_command(name: str, arguments: Sequence[str]) -> None:
         subject = "the disk is full: " if is_full else ""
         # Of a data loader's worker, the text ends a traceback.
         words = str(error).rpartition(f"{type(error).__module__}.{type(error).__qualname__}: ")[2].split()
-        words = [re.sub(r"`\w+`", lambda name: OPTIONS.get(name[0], name[0]), word) for word in words]
         sys.exit(f"error: {subject}{' '.join(words)}{advice}")
     finally:
         _leave_other_processes()

@@ -70,8 +70,8 @@ class LoadRequest:
             raise InputError(OFFLOADING.format(device_map))
         if not (self.experts is self.original_config is None or is_original_checkpoint(self.source)):
             raise InputError(
-                "`experts` and `original_config` go with an original checkpoint, but "
-                f"{str(self.source)!r} is not a file."
+                "`experts` and `original_config` (`--experts` and `--config` of a command) go with an original "
+                f"checkpoint, but {str(self.source)!r} is not a file."
             )
 
 

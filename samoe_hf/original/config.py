@@ -290,7 +290,7 @@ def meta_settings(tensors: Mapping[str, Tensor], source: str) -> dict[str, Any]:
         sizes = ", ".join(f"{name} {width}/{depth}" for (width, depth), (name, *_) in META_TRUNKS.items())
         raise InputError(
             f"{source}: a trunk with {channels} channels and {blocks} blocks is none of Meta's ({sizes}); give the "
-            "model's YAML as `original_config`."
+            "model's YAML as `original_config` (`--config` of a command)."
         )
     _, heads, stages, global_blocks, background, windows = META_TRUNKS[channels, blocks]
     is_2_1 = any(name in tensors for name in _ONLY_IN_2_1)

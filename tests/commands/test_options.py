@@ -128,8 +128,8 @@ def test_what_goes_with_an_original_checkpoint_is_told(tmp_path, monkeypatch, mo
     write_video(tmp_path / "in.mp4", SyntheticVideos(1, 2, (96, 128), seed=3)[0].frames, fps=5)
     monkeypatch.chdir(tmp_path)
     for model, message in (
-        ([NANO / "sam2.1_hiera_nano.pt"], "give the model's YAML as `--config`"),
-        ([model_folder, "--config", "x.yaml"], "error: `--experts` and `--config` go with an original"),
+        ([NANO / "sam2.1_hiera_nano.pt"], r"give the model's YAML as `original_config` \(`--config` of a command\)"),
+        ([model_folder, "--config", "x.yaml"], r"`--experts` and `--config` of a command\) go with an original"),
     ):
         with pytest.raises(SystemExit, match=message):
             main(["track", *map(str, model), "in.mp4", "--box", "10,10,60,60", "--output", "out.mp4"])
