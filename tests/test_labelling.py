@@ -103,9 +103,7 @@ def test_what_tracking_says_lies_beside_the_masks(model_folder, data, tmp_path):
     for video in load_videos(data):
         key = f"{video.domain}/{video.video_id}"
         rows = read_tracks(tmp_path / "out" / "tracks" / f"{key}.csv")
-        assert [(row.frame, row.object) for row in rows] == [
-            (t, i) for t in range(NUM_FRAMES) for i in video.object_ids
-        ]
+        assert [(r.frame, r.object) for r in rows] == [(t, i) for t in range(NUM_FRAMES) for i in video.object_ids]
         for row in rows:
             mask = tmp_path / "out" / "masks" / key / f"{row.object - 1:03d}" / f"{row.frame:03d}.png"
             assert row.area == read_label_png(mask).sum() and row.prompted == (row.frame == 0) and row.time is None
@@ -164,9 +162,7 @@ def test_prompts_come_from_a_file(model_folder, clips, tmp_path, suffix):
     label(model_folder, *words, tmp_path / "out", "--layout", "davis")
     masks = tmp_path / "out" / "masks" / "clips"
     ids = {name: set(np.unique(found)) for name, found in read_masks(masks).items()}
-    assert ids.keys() == {
-        f"{video}.png" for video in ("b/0", "b/1", "b/a/0", "b/a/1", "day/one/00000", "day/one/00001")
-    }
+    assert ids.keys() == {f"{name}.png" for name in ("b/0", "b/1", "b/a/0", "b/a/1", "day/one/00000", "day/one/00001")}
     own = {"b/a": {2}, "b": {3, 5}, "day/one": {1}}
     assert all(found <= {0, *own[name.rpartition("/")[0]]} for name, found in ids.items())
     assert 5 in ids["b/1.png"] and 3 in ids["b/0.png"] - ids["b/1.png"]

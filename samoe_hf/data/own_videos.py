@@ -328,6 +328,8 @@ def guess(root: Path) -> Found:
                 found.left_out["pictures of masks are left out"] = ["/".join(folder.parts) for folder in pictures]
                 return _by_name(found)
     held = [path for path in islice(root.rglob("*"), MAX_LISTED) if path.is_file()]
+    if any(path.name.endswith((".nii", ".nii.gz")) for path in held):
+        reason = "Volumes are read from imagesTr/NAME.nii.gz with labelsTr/NAME.nii.gz (the kind nifti). "
     files = sorted(path for path in held if path.suffix.lower() in EXPORT_SUFFIXES)
     for path in files[:MAX_NAMED]:
         if has_words(path, COCO):

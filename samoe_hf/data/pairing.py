@@ -42,7 +42,7 @@ INSTANCE_WORDS = r"(?i)(?:^|[\W_])instance"
 # A date and a time, or a number.
 DAY = r"(?:(?:19|20)\d\d([-_.]?)(?:0[1-9]|1[0-2])\1(?:[0-2]\d|3[01])|[0-3]\d([-_.])[0-3]\d\2(?:19|20)\d\d)"
 TIME = r"(?:[01]\d|2[0-3])[-_.:hH]?[0-5]\d[-_.:mM]?[0-5]\d[-_.:sS]?\d*"
-CLOCK = r"^\d\d[-_:]\d\d[-_:]\d\d(?:\.\d+|[-_:]\d{3})?(?!\d)"  # with milliseconds, or without
+CLOCK = r"^\d\d[-_:]\d\d[-_:]\d\d(?:\.\d+|[-:]\d{3})?(?!\d)"  # with milliseconds, or without
 NUMBER = rf"{DAY}[-_.T ]{{1,3}}{TIME}|{CLOCK}|\d{{9,}}[-_.]\d+|^\d+\.\d+|\d+"
 ROBOFLOW = re.compile(r"_[A-Za-z]{3,4}\.rf\.\w+?(?=_mask$|$)")
 LABEL_STUDIO = re.compile(r"task-\d+-annotation-")

@@ -87,9 +87,7 @@ def test_white_beside_ids_is_left_out_and_said_once(tmp_path, caplog, dtype, whi
         save_image(tmp_path / "Annotations" / "a" / f"{name}.png", ids)
     for _ in range(2):
         assert load_videos(**options)[0].object_ids == [1, 2]
-    assert [f"hold {white} beside ids: it is left out; `ignore_ids: []` keeps it" in m for m in caplog.messages] == [
-        True
-    ]
+    assert [f"hold {white} beside ids: it is left out; `ignore_ids: []`" in m for m in caplog.messages] == [True]
     assert load_videos(**options, ignore_ids=[])[0].object_ids == [1, 2, white]
     assert load_videos(**options, ignore_ids=[1])[0].object_ids == [2, white]
     assert load_videos(**options, binary=True, ignore_ids=[white])[0].object_ids == [1]

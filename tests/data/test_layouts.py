@@ -359,7 +359,7 @@ def broken(root, what):
     """A folder with one fault."""
     path = root / "cat/masks/00001.png"
     root.mkdir()
-    if what != "empty":
+    if what not in ("empty", "volumes"):
         masks = "../{v}/{t}.png" if what == "no masks" else "{v}/masks/{t:05d}.png"
         write(root, "{v}/frames/{t:05d}.jpg", masks)
     colors = np.zeros((*SIZE, 3), np.uint8)
@@ -367,6 +367,8 @@ def broken(root, what):
         save_ids(path.with_name("00009.png"), truth()["cat"], 0)
     elif what == "another size":
         write_palette_png(path, np.ones((5, 5), int))
+    elif what == "volumes":
+        (root / "cat_gt.nii.gz").touch()
     elif what == "JPEG masks":
         save(path.with_suffix(".jpg"), colors)
         path.unlink()
@@ -386,6 +388,7 @@ def broken(root, what):
     "what, message",
     [
         ("empty", r"mine: no layout.* Found: no files\. Expected: \{video\}/frames"),
+        ("volumes", r"mine: no layout.* Volumes are read from imagesTr/NAME\.nii\.gz with labelsTr"),
         ("no masks", r"mine: no layout.* Found: 8 \.jpg \(such as cat/frames/00000\.jpg\).*kind: files, root: "),
         (
             "a mask without a frame",

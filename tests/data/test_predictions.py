@@ -95,9 +95,7 @@ def test_predictions_take_the_place_of_a_videos_masks(layout, tmp_path):
 
 
 def test_where_none_is_there_the_layout_is_told(tmp_path):
-    with pytest.raises(
-        FileNotFoundError, match=r"1 of 1 .* missing in the layout youtube_vos \(`--layout` names another"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"1 of 1 .* in the layout youtube_vos \(`--layout` names another"):
         MaskFiles(tmp_path, "youtube_vos").check(make_video([2]), [0])
 
 

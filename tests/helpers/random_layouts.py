@@ -302,10 +302,8 @@ class Maker:
             images.append({"id": t, "file_name": name, "height": SIZE[0], "width": SIZE[1]})
             for mask in masks.values():
                 rle = coco_mask.encode(np.asfortranarray(mask, np.uint8))
-                segmentation = {"size": list(SIZE), "counts": rle["counts"].decode()}
-                annotations.append(
-                    {"id": len(annotations), "image_id": t, "category_id": 1, "segmentation": segmentation}
-                )
+                shape = {"size": list(SIZE), "counts": rle["counts"].decode()}
+                annotations.append({"id": len(annotations), "image_id": t, "category_id": 1, "segmentation": shape})
         (self.root / file).parent.mkdir(exist_ok=True)
         content = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "thing"}]}
         (self.root / file).write_text(json.dumps(content))

@@ -103,9 +103,7 @@ COCO = {
     "id above 255": (coco([(0, 300, [SQUARE]), (1, 7, [SQUARE])], TWO), {"v": [{7: 0, 300: 48}, {7: 48, 300: 0}]}),
     "id 0": (coco([(0, 0, [SQUARE]), (0, 1, [OTHER])]), {"v": [{1: 48, 2: 40}]}),
     "empty frame": (coco([(0, 1, [SQUARE])], TWO), {"v": [{1: 48}, {1: 0}]}),
-    "frame not listed": (
-        coco([(0, 1, [SQUARE])], pictures=["v/0.png", "v/1.png"]), {"v": [{1: 48}, None]},
-    ),
+    "frame not listed": (coco([(0, 1, [SQUARE])], pictures=["v/0.png", "v/1.png"]), {"v": [{1: 48}, None]}),
     "numbers with gaps": (
         coco([(0, 1, [SQUARE]), (1, 1, [OTHER])], [{"frame_id": 9}, {"frame_id": 4, "file_name": r"v\1.png"}]),
         {"v": [{1: 40}, {1: 48}]},
@@ -117,9 +115,7 @@ COCO = {
     ),
     "no tracks": (coco([(0, {}, [SQUARE]), (0, {}, [OTHER])], TWO), {"v/0.png": [{1: 48, 2: 40}]}),
     "tracks as attributes": (coco([(0, {"attributes": {"track_id": 3}}, [SQUARE])]), {"v": [{3: 48}]}),
-    "a crowd that is one object": (
-        coco([(0, {"iscrowd": 1, "track_id": 3}, RLE), (0, {"iscrowd": 1}, RLE)]), {"v": [{3: 154}]},
-    ),
+    "a tracked crowd": (coco([(0, {"iscrowd": 1, "track_id": 3}, RLE), (0, {"iscrowd": 1}, RLE)]), {"v": [{3: 154}]}),
     "crowd of Datumaro": (
         coco([(0, {"iscrowd": 1, "attributes": {"track_id": 3}}, RLE), (0, {"iscrowd": 1}, RLE)]), {"v": [{3: 154}]},
     ),
@@ -168,9 +164,7 @@ YTVIS = {
     "other size": (ytvis([({}, [POLYGON, None])], {"height": 20}), "labelled as 20 x 44 pixels"),
     "image outside": (ytvis([({}, [POLYGON] * 2)], {"file_names": ["v/0.png", "../../x"]}), "no path within a folder"),
     "too few segmentations": (ytvis([({}, [POLYGON])]), "1 segmentations for 2 frames"),
-    "two of one id": (
-        ytvis([({}, [POLYGON] * 2), ({"id": 1}, [POLYGON] * 2)]), "ids of objects in v: 1 is there twice",
-    ),
+    "an id twice": (ytvis([({}, [POLYGON] * 2), ({"id": 1}, [POLYGON] * 2)]), "ids of objects in v: 1 is there twice"),
     "box alone": (ytvis([({}, [[], None])]), "object 1: its shape is no mask"),
     "without annotations": (ytvis([], annotations=None), "one file of YouTube-VIS is expected, found none"),
     "image missing": (ytvis([({}, [POLYGON, None])], pictures=["v/0.png"]), "there is no file .*1.png"),
@@ -201,9 +195,7 @@ YOLO = {
     "no file": (yolo([f"{LINE} 3", None, f"{LINE} 3"]), {"v": [{3: 48}, None, {3: 48}]}),
     "no ids": (yolo([LINE, f"{LINE}\n1 {share(OTHER)}", ""]), {"v/0": [{1: 48}], "v/1": [{1: 48, 2: 40}]}),
     "turned": (yolo([f"{LINE} 3"]) | {"images/v/0.png": picture(SIZE, 6)}, {"v": [{3: 48}]}),
-    "sizes that differ": (
-        yolo([LINE, LINE]) | {"images/v/1.png": picture((60, 44))}, {"v/0": [{1: 48}], "v/1": [{1: 96}]},
-    ),
+    "other sizes": (yolo([LINE, LINE]) | {"images/v/1.png": picture((60, 44))}, {"v/0": [{1: 48}], "v/1": [{1: 96}]}),
     "path of another machine": (yolo([f"{LINE} 3"], path="/not/there"), {"v": [{3: 48}]}),
     "names by number": (yolo([f"{LINE} 3"], names={"0": "cat"}), {"v": [{3: 48}]}),
     "list of CVAT": (yolo([f"{LINE} 3"], {"l.txt": "data/images/v/0.png\n"}, train="l.txt"), {"v": [{3: 48}]}),
@@ -248,9 +240,7 @@ CVAT = {
     "hole": (cvat(track(1, mask(0, PATCH), polygon(1, outside=1))), {"v": [{1: 154}, {1: 0}, {1: 0}]}),
     "whole track": (cvat(track(300, *ALL)), {"v": [{300: 48}] * 3}),
     "id 0": (cvat(track(0, *ALL) + track(1, *ALL)), {"v": [{1: 48, 2: 48}] * 3}),
-    "outside and back": (
-        cvat(track(1, polygon(0), polygon(1, outside=1), polygon(2))), {"v": [{1: 48}, {1: 0}, {1: 48}]},
-    ),
+    "out and back": (cvat(track(1, polygon(0), polygon(1, outside=1), polygon(2))), {"v": [{1: 48}, {1: 0}, {1: 48}]}),
     "later start": (cvat(track(1, polygon(2))), {"v": [{1: 0}, {1: 0}, {1: 48}]}),
     "keyframes alone": (cvat(track(1, polygon(0), polygon(2))), {"v": [{1: 48}, None, {1: 48}]}),
     "no end": (cvat(track(1, polygon(0))), {"v": [{1: 48}, None, None]}),
@@ -273,9 +263,7 @@ CVAT = {
         cvat(IMAGE.format(polygon(0) + polygon(0, OTHER, about='group_id="2"') + polygon(0, about='group_id="2"'))),
         {"v/0": [{1: 48, 2: 88}]},
     ),
-    "for images, of a video": (
-        cvat(IMAGE.replace("0.png", "0").format(polygon(0)), 1, names="{}.PNG"), {"v/0": [{1: 48}]},
-    ),
+    "images of a video": (cvat(IMAGE.replace("0.png", "0").format(polygon(0)), 1, names="{}.PNG"), {"v/0": [{1: 48}]}),
     "turned": (
         cvat(track(1, *ALL), more={f"v/images/{t}.png": picture(SIZE, 8) for t in range(3)}), {"v": [{1: 48}] * 3},
     ),
@@ -337,16 +325,12 @@ LABELME = {
     ),
     "group 0": (labelme([shape(SQUARE, group=0)]), {"v": [{1: 48}]}),
     "one group, two labels": (labelme([shape(SQUARE, group=1), shape(OTHER, "dog", 1)]), {"v": [{1: 48, 2: 40}]}),
-    "labels as names": (
-        labelme([shape(SQUARE, "cat 2")], [shape(OTHER, "cat 5")]), {"v": [{2: 48, 5: 0}, {2: 0, 5: 40}]},
-    ),
+    "label names": (labelme([shape(SQUARE, "cat 2")], [shape(OTHER, "cat 5")]), {"v": [{2: 48, 5: 0}, {2: 0, 5: 40}]}),
     "nothing tells": (labelme([shape(SQUARE), shape(OTHER)], []), {"v/0": [{1: 48, 2: 40}]}),
     "empty frame and none": (labelme([shape(SQUARE, group=1)], [], None), {"v": [{1: 48}, {1: 0}, None]}),
     "no size": (labelme({"shapes": [shape(SQUARE, group=1)], "imageHeight": None}), {"v": [{1: 48}]}),
     "path of Windows": (labelme({"shapes": [shape(SQUARE, group=1)], "imagePath": "..\\x\\0.png"}), {"v": [{1: 48}]}),
-    "image within": (
-        labelme({"shapes": [shape(SQUARE, group=1)], "imageData": embedded()}, pictures=[]), {"v": [{1: 48}]},
-    ),
+    "embedded": (labelme({"shapes": [shape(SQUARE, group=1)], "imageData": embedded()}, pictures=[]), {"v": [{1: 48}]}),
     "turned": (labelme([shape(SQUARE, group=1)]) | {"v/0.png": picture(SIZE, 6)}, {"v": [{1: 48}]}),
     "rectangle": (labelme([shape([10, 8, 2, 2], group=1, kind="rectangle")]), {"v": [{1: 48}]}),
     "turned rectangle": (labelme([shape(SQUARE, group=1, kind="oriented_rectangle")]), {"v": [{1: 48}]}),
@@ -371,9 +355,7 @@ def studio(*results, tasks=None, pictures=(0,)):
         {"id": t, "data": {"image": f"/data/upload/1/0000000{t}-{t}.png"}, "annotations": [{"result": list(own)}]}
         for t, own in enumerate(results)
     ]
-    return {"tasks.json": made if tasks is None else tasks} | {
-        f"images/0000000{t}-{t}.png": picture() for t in pictures
-    }
+    return {"tasks.json": tasks or made} | {f"images/0000000{t}-{t}.png": picture() for t in pictures}
 
 
 def region(value, name="r1", kind="brushlabels", **more):
@@ -434,9 +416,7 @@ STUDIO = {
     ),
     "images as before their upload": (studio([brush()], pictures=()) | {"v/0.png": picture()}, {"v": [{1: 154}]}),
     "rectangle": (studio([region(RECTANGLE, kind="rectanglelabels")]), {"": [{1: 48}]}),
-    "turned rectangle": (
-        studio([region(RECTANGLE | {"rotation": 30}, kind="rectanglelabels")]), "of the type rectanglelabels",
-    ),
+    "turned box": (studio([region(RECTANGLE | {"rotation": 30}, kind="rectanglelabels")]), "type rectanglelabels"),
     "ellipse": (studio([region(ELLIPSE, kind="ellipselabels")]), {"": [{1: ROUND}]}),
     "image missing": (studio([brush()], pictures=()), "there is no image '00000000-0.png'"),
     "video": (
