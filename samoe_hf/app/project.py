@@ -15,7 +15,7 @@ import numpy as np
 from samoe_hf.data.frames import SampleError, named_errors
 from samoe_hf.data.image_files import open_image
 from samoe_hf.inference import VideoPrompt, check_prompts
-from samoe_hf.tracks import ObjectScores, TrackRow
+from samoe_hf.tracks import TrackRow
 from samoe_hf.whole_files import whole_file
 
 from .models import LoadedModel
@@ -94,10 +94,10 @@ def open_project(path: Path, folder: Path, loaded: LoadedModel, limits: Limits) 
             with named_errors(name, "has wrong scores", (ValueError, TypeError, OverflowError, RecursionError)):
                 rows = {row.object: row for row in (TrackRow(*entry) for entry in json.loads(text))}
                 ids = sorted(known.intersection(rows))
-                values = [[float(value) for value in rows[one][3:6]] for one in ids]
-                if not all(0 <= value <= 1 for three in values for value in three):
+                scores = {one: [float(value) for value in rows[one][3:6]] for one in ids}
+                if not all(0 <= value <= 1 for three in scores.values() for value in three):
                     raise ValueError("a score is not from 0 to 1")
-            session.masks.write(frame, id_map, ids, ObjectScores(*np.array(values).reshape(-1, 3).T))
+            session.masks.write(frame, id_map, scores)
     return session
 
 

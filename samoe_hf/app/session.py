@@ -8,7 +8,7 @@ import json
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
@@ -35,8 +35,6 @@ Direction = Literal["whole", "forward", "backward"]
 NOTHING_PROMPTED = "Nothing is prompted yet: click on an object, or draw a box around it."
 MAX_UNDO, MAX_ID = 50, 255
 ROWS = "rows"  # the key of a mask's text
-NO_SCORES = ObjectScores(*np.zeros((3, 0)))
-UNDONE = ("objects", "prompts")
 
 
 class MaskStore:
@@ -55,12 +53,12 @@ class MaskStore:
         """The file of a frame, there or not."""
         return self.folder / f"{frame:05d}.png"
 
-    def write(
-        self, frame: int, id_map: np.ndarray, object_ids: Sequence[int] = (), scores: ObjectScores = NO_SCORES
-    ) -> None:
-        """Stores a frame's map, and scores of objects, in place of earlier ones, which stay if that fails."""
-        text, masks = PngInfo(), (id_map == object_id for object_id in object_ids)
-        text.add_text(ROWS, json.dumps(track_rows(frame, object_ids, scores, masks)))
+    def write(self, frame: int, id_map: np.ndarray, known: Mapping[int, Sequence[float]] | None = None) -> None:
+        """Stores a frame's map, and the score, IoU and stability of objects, in place of earlier ones, which stay if
+        that fails."""
+        text, known = PngInfo(), known or {}
+        scores = ObjectScores(*np.array([*known.values()]).reshape(-1, 3).T)
+        text.add_text(ROWS, json.dumps(track_rows(frame, [*known], scores, (id_map == i for i in known))))
         self._put(frame, lambda path: write_palette_png(path, id_map, text))
 
     def rows(self, frame: int) -> list[TrackRow]:
@@ -327,7 +325,7 @@ class TrackingSession:
     def _undoable(self, frame: int) -> Iterator[None]:
         """What is done alone within can be taken back, and is if it fails."""
         with self.exclusive():
-            before = {name: copy.copy(getattr(self, name)) for name in UNDONE} | {"_tracking": copied(self._tracking)}
+            before = {"objects": [*self.objects], "prompts": {**self.prompts}, "_tracking": copied(self._tracking)}
             self._undo.append((before, frame, self.masks.content(frame)))
             try:
                 yield
@@ -373,45 +371,40 @@ class TrackingSession:
         """Ends tracking after the frame that is being tracked."""
         self._stop.set()
 
-    def _store(self, output: Sam2VideoSegmentationOutput, kept: Collection[int] = ()) -> tuple[int, np.ndarray]:
-        """Stores a frame's map, on which objects of `kept`, and those of which nothing new is known, stay as they are;
-        gives frame and map."""
-        assert isinstance(output, SamoeTrackingOutput) and output.frame_idx is not None
-        check_masks(output, self.loaded.model.dtype)
-        return output.frame_idx, self._write(self.masks, output, self.loaded, kept, self._there(output.frame_idx))
-
-    @staticmethod
-    def _write(
-        masks: MaskStore,
+    def _store(
+        self,
         output: Sam2VideoSegmentationOutput,
-        loaded: LoadedModel,
         kept: Collection[int] = (),
-        there: Collection[int] = (),
-    ) -> np.ndarray:
-        """Writes a frame's map, of which each pixel is the object's of the largest positive logit.
+        masks: MaskStore | None = None,
+        loaded: LoadedModel | None = None,
+    ) -> tuple[int, np.ndarray]:
+        """Stores a frame's map, of which each pixel is the object's of the largest positive logit; gives frame and map.
 
-        Of the objects that are `there`, those of `kept`, and those of which nothing new is known, stay as they are in
-        the store, behind the others. One object is at the video's size at a time, so that many objects in a large video
-        do not fill the RAM.
+        Objects of `kept`, and those of which nothing new is known, stay as they are in the store, behind the others.
+        One object is at the video's size at a time, so that many objects in a large video do not fill the RAM.
+
+        Args:
+            masks, loaded: the store, and the model that gave the output; by default the session's.
         """
+        masks, loaded = masks or self.masks, loaded or self.loaded
         assert isinstance(output, SamoeTrackingOutput) and output.object_score_logits is not None
         assert output.object_ids and output.frame_idx is not None and output.pred_masks is not None
+        check_masks(output, loaded.model.dtype)
         best, ids = np.zeros(masks.size, dtype=np.float32), np.zeros(masks.size, dtype=np.uint8)
         known, scores = {}, zip(output.object_score_logits, *ObjectScores.of(output), strict=True)
         for object_id, low, (logit, *sure) in zip(output.object_ids, output.pred_masks.split(1), scores, strict=True):
             if object_id in kept or logit <= NO_OBJ_SCORE:  # nothing is known of it here
                 continue
-            known[object_id] = tuple(sure)
+            known[object_id] = sure
             logits = loaded.processor.post_process_masks([low], [masks.size], binarize=False)[0][0, 0]
             logits = logits.float().cpu().numpy()
             wins = logits > best
             best[wins], ids[wins] = logits[wins], object_id
-        stored = {row.object: row[3:6] for row in masks.rows(output.frame_idx)}
-        if old := {i: sure for i, sure in stored.items() if i in there and i not in known}:
-            known |= old
+        stay = self._there(output.frame_idx) - known.keys()
+        if old := {row.object: row[3:6] for row in masks.rows(output.frame_idx) if row.object in stay}:
             ids = np.where(ids, ids, masks.read(output.frame_idx, old))
-        masks.write(output.frame_idx, ids, list(known), ObjectScores(*np.array([*known.values()]).reshape(-1, 3).T))
-        return ids
+        masks.write(output.frame_idx, ids, known | old)
+        return output.frame_idx, ids
 
     # --- Another domain or model, or a project
 
@@ -432,7 +425,7 @@ class TrackingSession:
                         continue
                     with DEVICE_LOCK:
                         output = loaded.model(inference_session=tracking, frame_idx=frame)
-                    self._write(masks, output, loaded)
+                    self._store(output, masks=masks, loaded=loaded)
             except BaseException:
                 shutil.rmtree(masks.folder)
                 raise

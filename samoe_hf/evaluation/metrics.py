@@ -376,9 +376,7 @@ def score_objects(videos: Mapping[str, VideoScores], protocol: Protocol = "davis
 
 
 def summarize(
-    videos: Mapping[str, VideoScores],
-    protocol: Protocol = "davis",
-    groups: Mapping[tuple[str, int], str] | None = None,
+    videos: Mapping[str, VideoScores], protocol: Protocol = "davis", groups: Mapping[tuple[str, int], str] | None = None
 ) -> dict[str, Any]:
     """Scores of a set of videos.
 

@@ -394,12 +394,7 @@ class Evaluation:
         return {"label": label, **about, "expert_domains": about.get("domains"), **figures, "highlights": highlights}
 
     def _draw(
-        self,
-        run: EvaluationRun,
-        seed: int | None,
-        highlight: Mapping[str, Any],
-        video: Video,
-        result: VideoResult,
+        self, run: EvaluationRun, seed: int | None, highlight: Mapping[str, Any], video: Video, result: VideoResult
     ) -> dict[str, str]:
         """Draws an object, and returns the paths of the picture and the video."""
         object_id, rank, scores = highlight["object_id"], highlight["rank"], result.scores

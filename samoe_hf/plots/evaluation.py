@@ -24,6 +24,7 @@ FOUND, MISSED, ADDED = (0, 114, 178), (240, 228, 66), (213, 94, 0)
 # Name, colour, and direction of the hatching in which what is wrong is drawn.
 LEGEND = (("found", FOUND, None), ("missed", MISSED, 0), ("too much", ADDED, 1))
 MIN_WIDTH, MAX_WIDTH, MAX_HEIGHT = 640, 960, 1920
+MAX_NUMBERS = 4  # of models whose bars have numbers
 STRIP_FRAMES, STRIP_WIDTH, STRIP_HEIGHT = 6, 320, 640
 
 
@@ -52,7 +53,7 @@ def plot_over_time(models: Sequence[Mapping[str, Any]], path: str | Path) -> Non
     below.xaxis.set_major_locator(MaxNLocator(integer=True))
     below.yaxis.set_major_locator(MaxNLocator(nbins=3, integer=True))
     if not alone:
-        axes.legend(handles=axes.lines, fontsize=8)  # given, so that labels with an underscore are shown
+        _add_legend(figure, axes.lines)
     figure.savefig(path, dpi=130)
 
 
@@ -65,8 +66,9 @@ def plot_by_size(models: Sequence[Mapping[str, Any]], path: str | Path) -> None:
     for number, model in enumerate(models):
         heights = [np.nan if size["J_mean"] is None else size["J_mean"] for size in model["by_size"]]
         positions = np.arange(len(heights)) + (number - (len(models) - 1) / 2) * width
-        bars = axes.bar(positions, heights, width * 0.92, color=LINES[number % len(LINES)], label=model["label"])
-        texts = ["" if np.isnan(height) else f"{height:.2f}" for height in heights]
+        color, hatch = LINES[number % len(LINES)], ("", "//", "..", "xx")[number // len(LINES) % 4]
+        bars = axes.bar(positions, heights, width * 0.92, color=color, hatch=hatch, label=model["label"])
+        texts = ["" if np.isnan(height) or len(models) > MAX_NUMBERS else f"{height:.2f}" for height in heights]
         axes.bar_label(bars, texts, fontsize=7 if len(models) > 1 else 8, padding=1)
     sizes = models[0]["by_size"]
     ranges = [f"{100 * size['from']:g}–{100 * size['to']:g} %\nn = {size['masks']}" for size in sizes]
@@ -81,8 +83,15 @@ def plot_by_size(models: Sequence[Mapping[str, Any]], path: str | Path) -> None:
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
     if len(models) > 1:
-        axes.legend(handles=axes.containers, fontsize=8)
+        _add_legend(figure, axes.containers)
     figure.savefig(path, dpi=130)
+
+
+def _add_legend(figure: Figure, handles: Sequence[Any]) -> None:
+    """Names what is drawn below the plot, where it hides nothing; labels may begin with an underscore."""
+    columns = max(1, 110 // (8 + max(len(handle.get_label()) for handle in handles)))
+    figure.set_figheight(figure.get_figheight() + 0.18 * -(-len(handles) // columns))
+    figure.legend(handles=handles, fontsize=8, ncols=columns, loc="outside lower center")
 
 
 def compare_masks(frame: np.ndarray, prediction: np.ndarray, target: np.ndarray | None, width: int) -> Image.Image:

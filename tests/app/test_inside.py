@@ -79,15 +79,9 @@ def test_what_is_tracked_ends_without_an_error_where_another_video_is_opened(pro
     from samoe_hf.app.look_page import SideBySide
     from samoe_hf.app.track_page import TrackPart
 
-    track, both = Mock(spec=TrackPart), Mock(spec=SideBySide)
-    for part in (track, both):
-        vars(part).update(dict.fromkeys(("frame", "slider", "progress", "stop", "hint"), None), progress="progress")
-    for begin in (
-        lambda person: TrackPart.run(track, "whole", person, 0),
-        lambda person: SideBySide.run(both, person, Comparison(prompted, sides, tmp_path)),
-    ):
-        person = Person("secret", tmp_path)
-        person.session = prompted
+    part, comparison = Mock(progress="progress"), Comparison(prompted, sides, tmp_path)
+    for begin in (lambda who: TrackPart.run(part, "whole", who, 0), lambda who: SideBySide.run(part, who, comparison)):
+        person = Person("secret", tmp_path, session=prompted)
         steps = begin(person)
         next(steps)
         person.take(None)

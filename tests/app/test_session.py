@@ -2,6 +2,7 @@
 
 import threading
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -13,7 +14,6 @@ from samoe_hf.app.project import open_project, save_project
 from samoe_hf.app.timeline import draw_timeline, frame_at
 from samoe_hf.app.uploads import Limits
 from samoe_hf.inference import VideoPrompt, track_video
-from samoe_hf.tracks import ObjectScores
 
 
 @slow_over_bases
@@ -127,7 +127,7 @@ def test_where_to_look_is_marked_until_it_was_corrected(session):
     shape = np.zeros((64, 96), np.uint8)
     shape[20:40, 20:40] = 1
     for t in range(8):
-        session.masks.write(t, shape, [1], ObjectScores(*np.float32([[1], [0.2 if t == 4 else 0.95], [1]])))
+        session.masks.write(t, shape, {1: [1, 0.2 if t == 4 else 0.95, 1]})
     (look,) = session.looks
     assert session.was_tracked and look.frame == 4 == session.doubt[1:].argmax() + 1 and "IoU 0.20" in look.reason
     columns = np.linspace(0, 1279, 8)
@@ -207,11 +207,13 @@ def test_an_end_is_undone_and_one_that_cannot_be_changes_nothing(session):
 
 def test_what_fails_while_the_model_runs_changes_nothing(session, monkeypatch):
     session.click(session.add_object(), 0, 30, 30)
-    before = state_of(session)
-    with monkeypatch.context() as patch, pytest.raises(ValueError, match="no disk"):
-        patch.setattr(session.masks, "write", lambda *_: (_ for _ in ()).throw(ValueError("no disk")))
-        session.click(1, 0, 40, 40)
-    assert before == state_of(session)
+    before, model = state_of(session), session.loaded
+    click = lambda: session.click(1, 0, 40, 40)  # noqa: E731
+    for what, do in (("MaskStore.write", click), ("check_masks", click), ("check_masks", lambda: session.use(model))):
+        with monkeypatch.context() as patch, pytest.raises(ValueError, match="it fails"):
+            patch.setattr(f"samoe_hf.app.session.{what}", Mock(side_effect=ValueError("it fails")))
+            do()
+        assert before == state_of(session)
     session.click(1, 0, 40, 40)
     assert session.prompts[1, 0].points == [(30, 30), (40, 40)]
 

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 from dataclasses import replace
 from functools import partial
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -127,27 +128,6 @@ def test_drawn_points_of_several_seeds(run, model_folder, davis, tmp_path):
     assert "`prompt` is 'point:2', not 'box'" in message and read(tmp_path)["prompt"] == "point:2"
 
 
-@pytest.mark.slow
-def test_models_side_by_side(run, model_folder, davis, tmp_path):
-    other, output = tmp_path / "other", tmp_path / "out"
-    model = SamoeModel.from_pretrained(model_folder)
-    with torch.no_grad():
-        model.get_parameter("memory_attention.layer_norm.weight").mul_(0.5)
-    model.save_pretrained(other, processor=build_processor(model.config))
-    data = [*davis, "--split", "val", "--output", output]
-    printed = run("--model", model_folder, "--model", other, *data)
-    results = read(output)
-    first, second = results["models"]
-    entry = results["comparisons"][0]["metrics"]["J&F_mean"]
-    difference = second["summary"]["J&F_mean"] - first["summary"]["J&F_mean"]
-    assert entry["difference"] == pytest.approx(difference) and difference != 0
-    assert entry["low"] is entry["high"] is None and "An interval takes 6 videos, and there are 2." in printed
-    assert f"{second['label']} less {first['label']}" in printed
-    # The positional model is the same as one given by its option, and what it did is kept.
-    assert run(model_folder, "--model", other, *data).count("2 of 2 results are there already") == 2
-    assert without_times(read(output)) == without_times(results)
-
-
 def test_what_is_wrong_is_found_before_anything_is_tracked_or_removed(run, model_folder, davis, tmp_path):
     other, out = tmp_path / "other", tmp_path / "out"
     (out / "runs" / "other").mkdir(parents=True)
@@ -169,19 +149,26 @@ def test_what_is_wrong_is_found_before_anything_is_tracked_or_removed(run, model
     assert not (out / "runs" / model_folder.name).exists()
 
 
-def test_small_models_are_loaded_once(run, model_folder, davis, leave_out_pictures, monkeypatch, tmp_path):
+def test_models_side_by_side_are_loaded_once(run, model_folder, davis, leave_out_pictures, monkeypatch, tmp_path):
     leave_out_pictures()
-    loaded, load = [], load_tracker
-    spy = lambda *args, **options: (loaded.append(options["memory_selection"]), load(*args, **options))[1]  # noqa: E731
-    monkeypatch.setattr("samoe_hf.evaluation.run.load_tracker", spy)
-    selections = [word for name in ("recent", "score") for word in ("--memory-selection", name)]
-    for most, expected in ((2**30, ["recent", "score"]), (0, ["recent", "score", "score"])):
-        monkeypatch.setattr("samoe_hf.commands.evaluate.WAITING_BYTES", most)
-        for again in ([], ["--overwrite"]):
-            run(model_folder, *davis, "--video", "v0", *selections, "--output", tmp_path / str(most), *again)
-            assert loaded == expected
-            loaded.clear()
-    assert without_times(read(tmp_path / "0")) == without_times(read(tmp_path / str(2**30)))
+    load, model = Mock(wraps=load_tracker), SamoeModel.from_pretrained(model_folder)
+    monkeypatch.setattr("samoe_hf.evaluation.run.load_tracker", load)
+    with torch.no_grad():
+        model.get_parameter("memory_attention.layer_norm.weight").mul_(0.5)
+    model.save_pretrained(tmp_path / "other", processor=build_processor(model.config))
+    data = ["--model", tmp_path / "other", *davis, "--split", "val", "--output", tmp_path / "out"]
+    printed = run("--model", model_folder, *data)
+    results = read(tmp_path / "out")
+    first, second = results["models"]
+    entry = results["comparisons"][0]["metrics"]["J&F_mean"]
+    difference = second["summary"]["J&F_mean"] - first["summary"]["J&F_mean"]
+    assert entry["difference"] == pytest.approx(difference) and difference != 0 and load.call_count == 2
+    assert entry["low"] is entry["high"] is None and "An interval takes 6 videos, and there are 2." in printed
+    assert f"{second['label']} less {first['label']}" in printed
+    # The positional model is the same as one given by its option, and what it did is kept. Large ones are loaded again.
+    monkeypatch.setattr("samoe_hf.commands.evaluate.WAITING_BYTES", 0)
+    assert run(model_folder, *data).count("2 of 2 results are there already") == 2 and load.call_count == 2 + 3
+    assert without_times(read(tmp_path / "out")) == without_times(results)
 
 
 @pytest.mark.slow

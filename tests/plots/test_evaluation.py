@@ -18,4 +18,7 @@ def test_labels_of_models_are_in_the_legends_as_they_are(tmp_path, monkeypatch, 
         plot([summary | {"label": label} for label in labels], tmp_path / "plot.png")
     assert {line.get_marker() for line in figures[0].axes[0].lines} == {"o"}  # a curve of few frames
     for figure in figures:
-        assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == labels
+        (legend,) = figure.legends
+        assert [text.get_text() for text in legend.get_texts()] == labels
+        boxes = [legend.get_window_extent(), *(axes.get_tightbbox() for axes in figure.axes)]
+        assert not any(boxes[0].overlaps(box) for box in boxes[1:])

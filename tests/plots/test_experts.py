@@ -1,4 +1,4 @@
-"""Pictures of what experts do: labels that can be read, and the colours that they promise."""
+"""Pictures of what experts do, and of domains: labels that can be read, and the colours that they promise."""
 
 import numpy as np
 import pytest
@@ -6,6 +6,7 @@ from matplotlib.text import Text
 from PIL import Image
 
 from helpers.pictures import overlapping_texts, rgb
+from samoe_hf.plots.domains import draw_domains
 from samoe_hf.plots.experts import (
     DISTINCT_COLORS,
     plot_bars,
@@ -62,3 +63,11 @@ def test_more_experts_than_colours(tmp_path):
     picture = np.asarray(Image.open(tmp_path / "strip.png").convert("RGB")).reshape(-1, 3).astype(int)
     for number in range(len(DISTINCT_COLORS)):
         assert (np.abs(picture - 0.7 * rgb(number)).max(axis=1) < 3).sum() > 50, number
+
+
+def test_long_names_and_wide_pictures_of_domains_are_in_the_map_as_a_whole(tmp_path):
+    Image.new("RGB", (600, 40)).save(tmp_path / "wide.png")
+    figure = draw_domains(["first", "a" * 64], np.array([[0.3, 4], [5, 0.3]]), {"first": tmp_path / "wide.png"})
+    figure.savefig(tmp_path / "map.png")  # makes the layout
+    shown = figure.get_tightbbox()
+    assert (shown.min >= -0.01).all() and (shown.max <= figure.get_size_inches() + 0.01).all()
