@@ -307,8 +307,7 @@ class SamoeTrainer(Trainer):
         """The optimizer, in which each set of parameters has its rate."""
         model = model or self.model
         if self.optimizer is None:
-            decaying = set(self.get_decay_parameter_names(model))
-            inner = unwrapped(model)
+            decaying, inner = set(self.get_decay_parameter_names(model)), unwrapped(model)
             parameters = dict(inner.named_parameters())
             rates = {"adapters": self.args.learning_rate, **self.learning_rates}
             sets = {parameters[n]: one for one in reversed(self.learning_rates) for n in inner.parameter_names(one)}
@@ -483,10 +482,8 @@ def parts_of(data: Any) -> Mapping[str, Any]:
 
 
 class RunCallback(TrainerCallback):
-    """Tells a trainer of how many steps and at which rates it logs, and its dataset the epoch, in each process.
-
-    An epoch without a step is an `InputError`, before it is saved.
-    """
+    """Tells a trainer of how many steps and at which rates it logs, and its dataset the epoch, in each process; an
+    epoch without a step is an `InputError`, before it is saved."""
 
     def __init__(self, trainer: SamoeTrainer):
         self.trainer = trainer
@@ -523,7 +520,7 @@ def unwrapped(model: nn.Module | None) -> SamoeModel:
     inner: Any = extract_model_from_parallel(model, keep_torch_compile=False) if is_module else model
     if hasattr(inner, "get_base_model"):  # a PeftModel
         inner = extract_model_from_parallel(inner.get_base_model(), keep_torch_compile=False)
-    if not isinstance(inner, Sam2VideoModel):
+    if not (isinstance(inner, Sam2VideoModel) and hasattr(inner, "clip_settings")):
         raise InputError(
             f"`model` must be a SamoeModel, also within `torch.compile` or PEFT, not {type(model).__name__}; "
             "`model_init` is not supported."
