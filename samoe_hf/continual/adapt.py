@@ -11,7 +11,9 @@ import torch
 from torch.utils.data import ConcatDataset, Subset
 
 from samoe_hf.data.clip_datasets import MixedDataset, can_be_read, read_whole
+from samoe_hf.data.schema import evenly_chosen
 from samoe_hf.errors import InputError, input_errors
+from samoe_hf.evaluation.report import format_table
 from samoe_hf.evaluation.statistics import to_json
 from samoe_hf.model.domain_choice import AUTO
 from samoe_hf.model.domain_experts import domain_modules
@@ -22,7 +24,7 @@ from samoe_hf.training.checkpoints import check_output_dir
 from samoe_hf.training.trainer import SamoeTrainer, build_trainer
 from samoe_hf.whole_files import whole_file, write_text
 
-from .fit_gate import MAX_VIDEOS, decide_videos, evenly_chosen, gate_features, leave_out
+from .fit_gate import MAX_VIDEOS, decide_videos, gate_features, leave_out
 from .held_out import KEPT_ASIDE, SHOWN_VIDEOS, TRAINED_ON, Compared, compare, comparison_table, means, percent
 from .sizes import TOLERANCE, Sizes, choose_size, raise_ranks
 from .start import domain_score, find_start, read_excerpts
@@ -79,15 +81,13 @@ class Adaptation:
 
     def table(self) -> str:
         """The scores of each domain before and after, and where its videos went, as text."""
-        names = [name.removeprefix("eval_").removesuffix("_J&F") for name in self.after if name.endswith("_J&F")]
-        lines = [f"{'':20s} {'J&F before':>10s} {'after':>8s} {'change':>8s}   experts of"]
-        for name in names:
-            key = "eval_J&F" if name == "J&F" else f"eval_{name}_J&F"
-            before, after = 100 * self.before[key], 100 * self.after[key]
+        rows = []
+        for key in [key for key in self.after if key.endswith("J&F")]:
+            name = key.removeprefix("eval_").removesuffix("J&F").removesuffix("_")
+            before, after = self.before[key], self.after[key]
             whose = ", ".join(f"{count} {domain}" for domain, count in self.routed.get(name, {}).items())
-            label = "all" if name == "J&F" else name
-            lines.append(f"{label:20s} {before:10.1f} {after:8.1f} {after - before:+8.1f}   {whose}")
-        return "\n".join(lines)
+            rows.append([name or "all", percent(before), percent(after), percent(after - before, "+"), whose])
+        return format_table(["", "J&F before", "after", "change", "experts of"], rows, left=(0, 4))
 
     @property
     def refused(self) -> float | None:
@@ -205,13 +205,7 @@ def _adapt(trainer: SamoeTrainer, domain: str, like: str | None, budget: int | N
     output, resume = trainer.args.folder, trainer.args.resume_from_checkpoint
     shows_progress = not trainer.args.disable_tqdm and trainer.is_local_process_zero()
     result = Adaptation(domain, 0, before=_scores(trainer), started_from=None if like == AUTO else like)
-    clips, learner = trainer.train_dataset, trainer.model
-    assert isinstance(clips, MixedDataset)
-    parts: Any = [dataset.videos for dataset in clips.datasets.values()]
-    videos: Any = ConcatDataset(parts)
-    if any(dataset.on_error == "skip" for dataset in clips.datasets.values()):
-        chosen = evenly_chosen(range(len(videos)), MAX_VIDEOS)  # the gate looks at no more
-        videos = Subset(videos, [i for i in chosen if can_be_read(videos, i)])
+    videos, learner = _training_videos(trainer.train_dataset), trainer.model
     spared: Any = trainer.spared
     known: Any = ConcatDataset([videos, spared]) if spared else videos
     assert learner.domain_gate is not None
@@ -258,6 +252,16 @@ def _adapt(trainer: SamoeTrainer, domain: str, like: str | None, budget: int | N
                     plot_sizes([x.bytes for x in tried], [x.score for x in tried], result.sizes.chosen, title, path)
             write_text(output / RESULTS_FILE, to_json(asdict(result)) + "\n")
     return result
+
+
+def _training_videos(clips: Any) -> Any:
+    """Those that clips are drawn of; if damaged ones are skipped, without these, and as many as the gate looks at."""
+    assert isinstance(clips, MixedDataset)
+    parts: Any = [dataset.videos for dataset in clips.datasets.values()]
+    videos: Any = ConcatDataset(parts)
+    if all(dataset.on_error == "raise" for dataset in clips.datasets.values()):
+        return videos
+    return Subset(videos, [i for i in evenly_chosen(range(len(videos)), MAX_VIDEOS) if can_be_read(videos, i)])
 
 
 def _scores(trainer: SamoeTrainer) -> dict[str, float]:

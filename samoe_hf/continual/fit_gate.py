@@ -3,13 +3,12 @@
 import copy
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from samoe_hf.data.schema import Video
+from samoe_hf.data.schema import Video, evenly_chosen
 from samoe_hf.errors import InputError
 from samoe_hf.inference import evaluation_mode
 from samoe_hf.model.domain_choice import DomainDecision, decide_domains
@@ -25,15 +24,10 @@ from samoe_hf.video_session import PreparedFrames
 # More videos tell more of a domain than more frames of each. Of few videos, so many frames in all are read.
 MAX_VIDEOS, MIN_FRAMES, MAX_FRAMES, FRAMES_IN_ALL = 256, 4, 32, 256
 MAX_LEFT_OUT = 64
-Value = TypeVar("Value")
 
 
 def fit_gate(
-    model: SamoeModel,
-    processor: VideoProcessor,
-    domain: str,
-    videos: Sequence[Video],
-    show_progress_bar: bool = True,
+    model: SamoeModel, processor: VideoProcessor, domain: str, videos: Sequence[Video], show_progress_bar: bool = True
 ) -> int:
     """Lets the gate know a domain of the model by some of its videos, in place of what it knew of it.
 
@@ -54,11 +48,7 @@ def fit_gate(
 
 @torch.no_grad()
 def gate_features(
-    model: SamoeModel,
-    processor: VideoProcessor,
-    domain: str,
-    videos: Sequence[Video],
-    show_progress_bar: bool = True,
+    model: SamoeModel, processor: VideoProcessor, domain: str, videos: Sequence[Video], show_progress_bar: bool = True
 ) -> tuple[Tensor, Tensor]:
     """What [`~surgery.domains.fit_domain`] takes of a domain's videos with masks: of many, of [`MAX_VIDEOS`] even ones.
 
@@ -148,9 +138,3 @@ def _pixel_values(model: SamoeModel, processor: VideoProcessor, video: Video, fr
     """Frames as a session prepares them, (frames, 3, S, S)."""
     prepared = PreparedFrames(video.frames, video.size, processor, model.device, model.dtype)
     return torch.stack([prepared[t] for t in frames])
-
-
-def evenly_chosen(values: Sequence[Value], count: int) -> list[Value]:
-    """Up to so many of the values, evenly spread, with the first."""
-    number = min(count, len(values))
-    return [values[i * len(values) // number] for i in range(number)]

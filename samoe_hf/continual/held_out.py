@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from samoe_hf.data.schema import Video
+from samoe_hf.data.schema import Video, evenly_chosen
 from samoe_hf.evaluation.evaluate import evaluate_video
 from samoe_hf.evaluation.metrics import summarize
 from samoe_hf.evaluation.report import format_number, format_table
@@ -17,7 +17,7 @@ from samoe_hf.model.processing_samoe import VideoProcessor
 from samoe_hf.plots.masks import overlay_masks, plot_sheet
 from samoe_hf.whole_files import whole_file
 
-from .fit_gate import decide_videos, evenly_chosen
+from .fit_gate import decide_videos
 
 SHOWN_VIDEOS, SHOWN_FRAMES, HEIGHT = 3, 6, 240
 KEPT_ASIDE, TRAINED_ON = "kept aside", "trained on"

@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from samoe_hf.data.schema import Video
+from samoe_hf.data.schema import Video, evenly_chosen
 from samoe_hf.evaluation.evaluate import evaluate_video
 from samoe_hf.evaluation.metrics import summarize
 from samoe_hf.inference import evaluation_mode
@@ -16,19 +16,13 @@ from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.processing_samoe import VideoProcessor
 from samoe_hf.surgery.domains import find_domain, fits_in
 
-from .fit_gate import evenly_chosen
-
 NUM_VIDEOS, NUM_FRAMES = 8, 8
 # How much better than the base's J&F, 0 to 1, that of a domain's experts must be.
 MIN_ADVANTAGE = 0.05
 
 
 def find_start(
-    model: SamoeModel,
-    processor: VideoProcessor,
-    domain: str,
-    videos: Sequence[Video],
-    show_progress_bar: bool = True,
+    model: SamoeModel, processor: VideoProcessor, domain: str, videos: Sequence[Video], show_progress_bar: bool = True
 ) -> str | None:
     """The domain whose experts a new one should start from.
 

@@ -169,7 +169,7 @@ class MixedDataset(EpochDataset, Dataset):
         seed: of the order.
 
     Raises:
-        InputError: no datasets, weights for other names than theirs, weights that are not positive.
+        InputError: no datasets, or weights for other names, not positive, or that leave a dataset without a clip.
     """
 
     def __init__(self, datasets: Mapping[str, ClipDataset], weights: Mapping[str, float] | None = None, seed: int = 0):
@@ -189,6 +189,9 @@ class MixedDataset(EpochDataset, Dataset):
         counts = np.floor(exact).astype(int)
         counts[np.argsort(counts - exact, kind="stable")[: self.length - counts.sum()]] += 1
         self.counts = counts.tolist()
+        if 0 in self.counts:
+            name = list(datasets)[self.counts.index(0)]
+            raise InputError(f"weights leave {name!r} none of the {self.length} clips of an epoch; give it more")
         self._plan = (-1, np.zeros((0, 2), int))
 
     def __len__(self) -> int:

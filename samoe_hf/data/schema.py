@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, overload
+from typing import Any, TypeVar, overload
 from uuid import uuid4
 
 import datasets
@@ -24,6 +24,7 @@ from .frames import IN_MEMORY, ArrayFrames, FrameSequence, SampleError, named_er
 from .images import ImageFrames, encode_png
 from .shapes import encode_rle
 
+Value = TypeVar("Value")
 FEATURES = datasets.Features(
     {
         "video_id": datasets.Value("string"),
@@ -190,6 +191,12 @@ class VideoList(Sequence[Video]):
         if missing:
             raise InputError(f"no videos {missing}; there are {self.video_ids[:10]}{'…' if len(self) > 10 else ''}")
         return VideoList({video_id: self.entries[video_id] for video_id in video_ids}, self.open_entry)
+
+
+def evenly_chosen(values: Sequence[Value], count: int) -> list[Value]:
+    """Up to so many of the values, evenly spread, with the first."""
+    number = min(count, len(values))
+    return [values[i * len(values) // number] for i in range(number)]
 
 
 def named_entries(*parts: Sequence[Video]) -> list[tuple[str, Callable[[], Video]]]:

@@ -160,9 +160,7 @@ class DataArguments(DataKeys):
             first = next((i for i in range(len(videos)) if can_be_read(videos, i)), 0) if skips else 0
             domain = options.get("domain") or videos[first].domain
             if domain in clips:
-                raise InputError(
-                    f"Two datasets of `train_data` have the domain {domain!r}; give each its own `domain`."
-                )
+                raise InputError(f"Two datasets of `train_data` have the domain {domain!r}; give each its own.")
             clips[domain] = ClipDataset(videos, processor, seed=seed, transforms=transforms, **of_clips)
             weights[domain] = len(clips[domain]) if weight is None else weight
         return MixedDataset(clips, weights, seed=seed)
@@ -251,9 +249,7 @@ class SamoeTrainingArguments(TrainingKeys, TrainingArguments):
             if (value := getattr(self, name)) != unused:
                 raise InputError(f"`{name}` must be {unused}, got {value}.")
         if (strategy := self.train_sampling_strategy) not in ("random", "sequential"):
-            raise InputError(
-                f"`train_sampling_strategy` must be random or sequential, as clips have one length, got {strategy}."
-            )
+            raise InputError(f"`train_sampling_strategy` must be random or sequential, got {strategy}.")
         if self.fit is not None:
             parse_size(self.fit)
         self.learning_rates = _check_rates(self.learning_rates, self.trainable)

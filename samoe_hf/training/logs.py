@@ -18,6 +18,7 @@ class TrainingLogs:
     """Sums of losses and of routing over micro-batches, steps and processes. What it holds does not grow."""
 
     def __init__(self):
+        self.num_steps = 0  # of the optimizer
         self._losses: dict[str, Tensor] = {}
         # Name -> sum of the values, and how many there were.
         self._routing: dict[str, tuple[float, int]] = {}
@@ -49,15 +50,15 @@ class TrainingLogs:
         total, count = self._routing.get(name, (0.0, 0))
         self._routing[name] = total + value, count + 1
 
-    def collect(self, num_steps: int) -> dict[str, float]:
-        """Empties the logs; each process must call it, with the number of optimizer steps since the last call.
+    def collect(self) -> dict[str, float]:
+        """Empties the logs; each process must call it.
 
         Returns `loss_PART`, summed over micro-batches and averaged over steps and processes; `router_entropy/DOMAIN`
         and `expert_usage/DOMAIN/EXPERT`, averaged over layers and clips.
         """
-        losses = {name: float(total) / max(num_steps, 1) for name, total in self._losses.items()}
+        losses = {name: float(total) / max(self.num_steps, 1) for name, total in self._losses.items()}
         gathered = gather_object([(losses, self._routing)])
-        self._losses, self._routing = {}, {}
+        self.num_steps, self._losses, self._routing = 0, {}, {}
         logs = {f"loss_{name}": sum(other[name] for other, _ in gathered) / len(gathered) for name in losses}
         for name in sorted({name for _, routing in gathered for name in routing}):
             found = [routing[name] for _, routing in gathered if name in routing]

@@ -8,15 +8,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from torch import nn
 from transformers.trainer import TRAINER_STATE_NAME
 
 from samoe_hf.data.clip_datasets import ClipDataset, MixedDataset
 from samoe_hf.data.fingerprints import fingerprint, video_fingerprint
 from samoe_hf.data.frames import SampleError
+from samoe_hf.data.schema import evenly_chosen
 from samoe_hf.errors import InputError
 from samoe_hf.evaluation.run_folder import differences
 from samoe_hf.model.losses import SegmentationLoss
+from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.prompt_recipe import PromptRecipe
 from samoe_hf.model.weights_io import hash_tensors
 
@@ -36,7 +37,7 @@ NAMES = ("base_model", "adapters", "architectures", "transformers_version", "_na
 
 
 def made_from(
-    model: nn.Module,
+    model: SamoeModel,
     args: SamoeTrainingArguments,
     learning_rates: Mapping[str, float],
     recipe: PromptRecipe,
@@ -51,13 +52,11 @@ def made_from(
     """
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     frozen = {n: t for n, t in model.state_dict().items() if n not in trained and "domain_gate." not in n}
-    config: Any = getattr(model, "config", None)
-    source = getattr(getattr(model, "origin", None), "source", None) or {}
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     about = {
         "model": hash_tensors(sorted(frozen.items()))[:16],
-        "model_name_or_path": source.get("name_or_path"),
-        "config": {n: v for n, v in config.to_diff_dict().items() if n not in NAMES} if config is not None else {},
+        "model_name_or_path": (model.origin.source or {}).get("name_or_path"),
+        "config": {n: v for n, v in model.config.to_diff_dict().items() if n not in NAMES},
         "domain": domain,
         "learning_rates": dict(learning_rates),
         "clips of a step": batch,
@@ -84,19 +83,14 @@ def _describe_clips(clips: Any) -> dict[str, Any]:
 
 
 def _videos_fingerprint(videos: Any) -> str:
-    chosen, found = _evenly(range(len(videos)), VIDEOS), []
+    chosen, found = evenly_chosen(range(len(videos)), VIDEOS), []
     for number in chosen:
         try:
             video = videos[number]
-            found.append(video_fingerprint(video, _evenly(video.annotated_frames, max(1, FRAMES // len(chosen)))))
+            found.append(video_fingerprint(video, evenly_chosen(video.annotated_frames, max(1, FRAMES // len(chosen)))))
         except (SampleError, OSError) as error:  # training says so, or leaves it out
             found.append(type(error).__name__)
     return fingerprint(found)
-
-
-def _evenly(values: Any, count: int) -> list[Any]:
-    number = min(count, len(values))
-    return [values[i * len(values) // number] for i in range(number)]
 
 
 def check_goes_on(checkpoint: Path, now: dict[str, Any]) -> list[str]:

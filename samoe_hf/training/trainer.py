@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-import os
 import re
 import shutil
 import time
@@ -78,10 +77,7 @@ logger = logging.getLogger(__name__)
 # What wrappers put before the names of tensors.
 WRAPPERS = re.compile(r"^(_orig_mod\.|module\.|base_model\.model\.)+")
 # Arguments of Trainer that have no effect here.
-UNUSED = (
-    "data_collator", "compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics",
-    "optimizer_cls_and_kwargs",
-)  # fmt: skip
+UNUSED = "data_collator compute_loss_func compute_metrics preprocess_logits_for_metrics optimizer_cls_and_kwargs"
 
 
 class SamoeTrainer(Trainer):
@@ -124,7 +120,7 @@ class SamoeTrainer(Trainer):
     ):
         if not isinstance(args, SamoeTrainingArguments):
             raise InputError(f"`args` must be SamoeTrainingArguments, not {type(args).__name__}.")
-        if unused := [name for name in UNUSED if kwargs.get(name) is not None]:
+        if unused := [name for name in UNUSED.split() if kwargs.get(name) is not None]:
             raise InputError(
                 f"`{unused[0]}` is for transformers.Trainer, which also trains a SamoeModel. A SamoeTrainer collates "
                 "clips itself, its loss is `segmentation_loss`, it tracks videos to evaluate, and takes `optimizers`."
@@ -181,7 +177,6 @@ class SamoeTrainer(Trainer):
         # What else the result depends on, for the checkpoints; and all that it does, once it is known.
         self.depends_on: dict[str, Any] = {}
         self._made_from: dict[str, Any] | None = None
-        self._last_logged_step = 0
         self._rates: dict[str, float] = {}  # of the last step, by set
         self.add_callback(RunCallback(self))
 
@@ -270,17 +265,15 @@ class SamoeTrainer(Trainer):
         step = self.state.global_step + 1
         if self.args.logging_strategy == IntervalStrategy.NO:
             return False
+        interval = max(int(self.state.logging_steps), 1)
         if self.args.logging_strategy == IntervalStrategy.EPOCH:
             interval = math.ceil(self.state.max_steps / max(self.state.num_train_epochs, 1))
-        else:
-            interval = max(int(self.state.logging_steps), 1)
         return step % interval == 0 or (step == 1 and self.args.logging_first_step)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Logs values; with the training loss, also its parts, the routing and each set's learning rate."""
         if "loss" in logs:
-            logs = logs | self.training_logs.collect(self.state.global_step - self._last_logged_step)
-            self._last_logged_step = self.state.global_step
+            logs = logs | self.training_logs.collect()
             logs |= self._rates if len(self._rates) > 1 else {}
         super().log(logs, start_time)
 
@@ -314,29 +307,22 @@ class SamoeTrainer(Trainer):
         """The optimizer, in which each set of parameters has its rate."""
         model = model or self.model
         if self.optimizer is None:
-            decaying = set(self.get_decay_parameter_names(model))
-            inner = unwrapped(model)
+            decaying, inner = set(self.get_decay_parameter_names(model)), unwrapped(model)
             parameters = dict(inner.named_parameters())
-            sets = {
-                parameters[name]: chosen
-                for chosen in reversed(self.learning_rates)
-                for name in inner.parameter_names(chosen)
-            }
+            rates = {"adapters": self.args.learning_rate, **self.learning_rates}
+            sets = {parameters[n]: one for one in reversed(self.learning_rates) for n in inner.parameter_names(one)}
             groups = defaultdict(list)
             for name, parameter in model.named_parameters():
                 if parameter.requires_grad:
                     groups[sets.get(parameter, "adapters"), name in decaying].append(parameter)
             if not groups:
                 raise InputError(f"`trainable` is {list(self.args.trainable)}, which leaves nothing to train.")
-            with setting_errors():
-                optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            rates = {"adapters": self.args.learning_rate, **self.learning_rates}
-            decays = {True: self.args.weight_decay, False: 0.0}
             groups = [
-                {"params": found, "lr": rates[chosen], "weight_decay": decays[decayed], "set": chosen}
-                for (chosen, decayed), found in groups.items()
+                {"params": found, "lr": rates[chosen], "weight_decay": self.args.weight_decay * decays, "set": chosen}
+                for (chosen, decays), found in groups.items()
             ]
             with setting_errors():
+                optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
                 self.optimizer = optimizer_class(groups, **options)
         return self.optimizer
 
@@ -352,10 +338,7 @@ class SamoeTrainer(Trainer):
             raise InputError(error.args[0]) from error
 
     def evaluate(
-        self,
-        eval_dataset: Any = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Tracks the videos, shared out among the processes, and returns J, F and J&F in all and by domain, 0 to 1.
 
@@ -365,11 +348,8 @@ class SamoeTrainer(Trainer):
         if videos is None:
             raise InputError("`eval_dataset` must be given, the videos to track.")
         if (parts := parts_of(videos)).keys() != {""}:
-            found = {
-                name: self.evaluate(part, metric_key_prefix=f"{metric_key_prefix}_{name}")
-                for name, part in parts.items()
-            }
-            return {name: value for metrics in found.values() for name, value in metrics.items()}
+            found = [self.evaluate(part, None, f"{metric_key_prefix}_{name}") for name, part in parts.items()]
+            return {name: value for metrics in found for name, value in metrics.items()}
         opened, start_time = as_videos(videos), time.time()
         videos: Any = opened if isinstance(opened, Sequence) else list(opened)
         model, state = unwrapped(self.model), PartialState()
@@ -432,18 +412,13 @@ class SamoeTrainer(Trainer):
         tags: str | list[str] | None = None,
         language: str | None = None,
         dataset: str | list[str] | None = None,
-        usage_picture: str | os.PathLike | None = None,
     ) -> None:
-        """Writes `README.md` with what the run knows: settings, domains, and the scores of the last evaluation.
-
-        Arguments are Trainer's, and `usage_picture`, an image of how often each expert is used.
-        """
+        """Writes `README.md` with what the run knows: settings, domains, and the scores of the last evaluation."""
         if not self.is_world_process_zero():
             return
         settings = {name: getattr(self.args, name) for name in TRAINING_SETTINGS.split(", ")}
         content = CardContent(
             eval_results=evaluation_results(self.state.log_history),
-            usage_picture=usage_picture,
             training=settings | {"steps": self.state.global_step},
             domains=list(getattr(self.train_dataset, "datasets", [])),
             datasets=dataset,
@@ -507,18 +482,14 @@ def parts_of(data: Any) -> Mapping[str, Any]:
 
 
 class RunCallback(TrainerCallback):
-    """Tells a trainer from which step and at which rates it logs, and its dataset the epoch, in each process.
-
-    An epoch without a step is an `InputError`, before it is saved.
-    """
+    """Tells a trainer of how many steps and at which rates it logs, and its dataset the epoch, in each process; an
+    epoch without a step is an `InputError`, before it is saved."""
 
     def __init__(self, trainer: SamoeTrainer):
         self.trainer = trainer
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.trainer._last_logged_step = state.global_step
-
     def on_optimizer_step(self, args, state, control, **kwargs):
+        self.trainer.training_logs.num_steps += 1
         # Before the schedule goes on.
         groups: Any = kwargs["optimizer"].param_groups
         self.trainer._rates = {f"learning_rate/{group['set']}": group["lr"] for group in groups if "set" in group}
@@ -549,7 +520,7 @@ def unwrapped(model: nn.Module | None) -> SamoeModel:
     inner: Any = extract_model_from_parallel(model, keep_torch_compile=False) if is_module else model
     if hasattr(inner, "get_base_model"):  # a PeftModel
         inner = extract_model_from_parallel(inner.get_base_model(), keep_torch_compile=False)
-    if not isinstance(inner, Sam2VideoModel):
+    if not (isinstance(inner, Sam2VideoModel) and hasattr(inner, "clip_settings")):
         raise InputError(
             f"`model` must be a SamoeModel, also within `torch.compile` or PEFT, not {type(model).__name__}; "
             "`model_init` is not supported."

@@ -16,7 +16,8 @@ from tqdm import tqdm
 from read_looks import SEED, VARIANTS, read_look
 from samoe_hf import SamoeModel, load_videos
 from samoe_hf.continual.adapt import Adaptation
-from samoe_hf.continual.fit_gate import FRAMES_IN_ALL, MAX_FRAMES, MIN_FRAMES, evenly_chosen, gate_features, leave_out
+from samoe_hf.continual.fit_gate import FRAMES_IN_ALL, MAX_FRAMES, MIN_FRAMES, gate_features, leave_out
+from samoe_hf.data.schema import evenly_chosen
 from samoe_hf.model.domain_gate import NO_DOMAIN, DomainGate, num_pooled_features
 from samoe_hf.model.processing_samoe import build_processor
 from samoe_hf.surgery.domains import add_domain

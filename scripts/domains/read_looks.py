@@ -8,8 +8,9 @@ from scipy.ndimage import uniform_filter
 from torch import Tensor
 
 from samoe_hf import SamoeModel
-from samoe_hf.continual.fit_gate import evenly_chosen, frame_features
+from samoe_hf.continual.fit_gate import frame_features
 from samoe_hf.data import SYNTHETIC_DOMAINS, SyntheticVideos, Video
+from samoe_hf.data.schema import evenly_chosen
 from samoe_hf.inference import evaluation_mode
 from samoe_hf.model.domain_gate import num_pooled_features
 from samoe_hf.model.processing_samoe import build_processor

@@ -20,10 +20,11 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import set_seed
 
-from samoe_hf.continual.fit_gate import evenly_chosen, fit_gate
+from samoe_hf.continual.fit_gate import fit_gate
 from samoe_hf.continual.sizes import choose_size, expert_costs, raise_ranks
 from samoe_hf.continual.start import find_start
 from samoe_hf.data.registry import read_yaml
+from samoe_hf.data.schema import evenly_chosen
 from samoe_hf.errors import InputError
 from samoe_hf.model.configuration_samoe import SamoeConfig
 from samoe_hf.model.domain_choice import AUTO

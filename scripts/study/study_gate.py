@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from samoe_hf.continual.fit_gate import decide_videos, evenly_chosen, frame_features
-from samoe_hf.data.schema import Video
+from samoe_hf.continual.fit_gate import decide_videos, frame_features
+from samoe_hf.data.schema import Video, evenly_chosen
 from samoe_hf.evaluation.evaluate import segment_video
 from samoe_hf.inference import evaluation_mode
 from samoe_hf.model.domain_choice import AUTO

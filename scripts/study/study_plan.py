@@ -9,11 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from samoe_hf.continual.fit_gate import evenly_chosen
 from samoe_hf.continual.start import reduced
 from samoe_hf.data.options import check_options
 from samoe_hf.data.registry import read_yaml, videos_from_entry
-from samoe_hf.data.schema import Video
+from samoe_hf.data.schema import Video, evenly_chosen
 from samoe_hf.errors import InputError
 from samoe_hf.model.configuration_samoe import check_domain_name
 

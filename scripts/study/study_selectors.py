@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from samoe_hf.continual.fit_gate import evenly_chosen
-from samoe_hf.data.schema import Video
+from samoe_hf.data.schema import Video, evenly_chosen
 from samoe_hf.inference import evaluation_mode
 from samoe_hf.model.frame_step import encode_frames
 from samoe_hf.model.modeling_samoe import SamoeModel

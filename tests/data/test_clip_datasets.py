@@ -140,10 +140,8 @@ def test_options_of_clips_are_checked_by_name(name, wrong):
     "options, message",
     [
         ({"weights": {"a": 1, "c": 1}}, r"weights for \['a', 'c'\], but datasets \['a', 'b'\]"),
-        *(
-            ({"weights": {"a": 1, "b": x}}, "must be positive numbers, but that of 'b'")
-            for x in ("a", math.nan, True, 0)
-        ),
+        *(({"weights": {"a": 1, "b": x}}, "positive numbers, but that of 'b'") for x in ("a", math.nan, True, 0)),
+        ({"weights": {"a": 1, "b": 0.01}}, "weights leave 'b' none of the 8 clips of an epoch"),
     ],
 )
 def test_impossible_mixtures_are_refused(options, message):

@@ -157,7 +157,7 @@ def test_domains_with_experts_in_the_encoder_have_features_of_their_own(model, f
             features[domain] = cache.encode_frames(model, frames).coarse
             torch.testing.assert_close(features[domain], encode_frames(model, frames).coarse, rtol=1e-4, atol=1e-4)
     assert (features["first"] - features["second"]).abs().mean() > 1e-2
-    for name, experts in domain_modules(model, "second"):
+    for _, experts in domain_modules(model, "second"):
         experts.dropout.p = 0.1
     model.train()
     with use_domain("first"):

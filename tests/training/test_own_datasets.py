@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from torch.utils.data import Dataset, IterableDataset
-from transformers import AutoProcessor, TrainingArguments
+from transformers import AutoProcessor, Sam2VideoModel, TrainingArguments
 
 from helpers.processes import run_two
 from helpers.reference import assert_same_tensors
@@ -138,6 +138,7 @@ def test_it_is_used_as_transformers_trainer_or_says_why_not(model_folder, tmp_pa
         (lambda: SamoeTrainer(model), "`args` must be SamoeTrainingArguments, not NoneType"),
         (lambda: SamoeTrainer(model, TrainingArguments()), "`args` must be SamoeTrainingArguments, not TrainingArg"),
         (lambda: SamoeTrainer("facebook/sam2", args), "`model` must be .* not str"),
+        (lambda: SamoeTrainer(Sam2VideoModel(model.config), args), "must be a SamoeModel.* not Sam2VideoModel"),
     ):
         with pytest.raises(ValueError, match=message):
             call()
