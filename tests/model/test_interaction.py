@@ -242,3 +242,16 @@ def test_two_prompts_for_one_object_and_frame(tiny, processor, prompts, same):
             processor.add_inputs_to_inference_session(session, 0, 1, **prompt)
         masks.append(tiny(session, frame_idx=0).pred_masks)
     torch.testing.assert_close(*masks, rtol=0, atol=0)
+
+
+def test_objects_of_one_call_with_differently_many_points_are_those_of_calls_of_their_own(tiny, processor):
+    points, labels, sessions = (
+        [[[10, 12], [20, 25]], [[4, 4]]],
+        [[1, 0], [1]],
+        [start("video", processor) for _ in "ab"],
+    )
+    processor.add_inputs_to_inference_session(sessions[0], 0, [1, 2], input_points=[points], input_labels=[labels])
+    for row in (0, 1):
+        given = {"input_points": [[points[row]]], "input_labels": [[labels[row]]]}
+        processor.add_inputs_to_inference_session(sessions[1], 0, row + 1, **given)
+    torch.testing.assert_close(*(tiny(session, 0).pred_masks for session in sessions), rtol=0, atol=1e-12)
