@@ -29,11 +29,7 @@ Value = TypeVar("Value")
 
 
 def fit_gate(
-    model: SamoeModel,
-    processor: VideoProcessor,
-    domain: str,
-    videos: Sequence[Video],
-    show_progress_bar: bool = True,
+    model: SamoeModel, processor: VideoProcessor, domain: str, videos: Sequence[Video], show_progress_bar: bool = True
 ) -> int:
     """Lets the gate know a domain of the model by some of its videos, in place of what it knew of it.
 
@@ -54,11 +50,7 @@ def fit_gate(
 
 @torch.no_grad()
 def gate_features(
-    model: SamoeModel,
-    processor: VideoProcessor,
-    domain: str,
-    videos: Sequence[Video],
-    show_progress_bar: bool = True,
+    model: SamoeModel, processor: VideoProcessor, domain: str, videos: Sequence[Video], show_progress_bar: bool = True
 ) -> tuple[Tensor, Tensor]:
     """What [`~surgery.domains.fit_domain`] takes of a domain's videos with masks: of many, of [`MAX_VIDEOS`] even ones.
 
