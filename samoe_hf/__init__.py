@@ -19,15 +19,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "SamoeConfig",
-    "SamoeModel",
-    "SamoeTrainer",
-    "VideoSession",
-    "__version__",
-    "adapt",
-    "load_videos",
-    "small_base",
-]
+    "SamoeConfig", "SamoeModel", "SamoeTrainer", "VideoSession", "__version__", "adapt", "load_videos", "small_base"
+]  # fmt: skip
 _MODULES = {
     "SamoeConfig": "model.configuration_samoe",
     "SamoeModel": "model.modeling_samoe",

@@ -64,10 +64,9 @@ def run_command(name: str, arguments: Sequence[str]) -> None:
         quiet_libraries()  # not needed for a help text, and slow
         command.run(parsed)
     except Exception as error:
-        is_ours = isinstance(error, InputError | FileNotFoundError)
-        if "--traceback" in arguments or not (is_ours or is_disk_full(error)):
-            raise
         is_full = is_disk_full(error)
+        if "--traceback" in arguments or not (is_full or isinstance(error, InputError | FileNotFoundError)):
+            raise
         advice = " Nothing that was there is lost. Make room, and run the command again." if is_full else ""
         subject = "the disk is full: " if is_full else ""
         # Of a data loader's worker, the text ends a traceback.
@@ -78,8 +77,7 @@ def run_command(name: str, arguments: Sequence[str]) -> None:
 
 
 def quiet_libraries() -> None:
-    """Turns off what nobody asked for: warnings of torchao and bitsandbytes, which transformers and PEFT import, and
-    bars of loading and saving beside a command's own."""
+    """Turns off warnings of torchao and bitsandbytes, which others import, and bars of loading and saving."""
     for name in ("torch.utils._pytree", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)
     from transformers.utils.logging import disable_progress_bar

@@ -119,5 +119,5 @@ def _is_alive(writer: dict[str, Any]) -> bool:
 def _describe(writer: dict[str, Any]) -> str:
     if not writer:
         return "one that does not say which"
-    since = datetime.fromtimestamp(writer["since"]).strftime("%Y-%m-%d %H:%M:%S")
-    return f"`{writer['command']}` (process {writer['pid']} on {writer['host']}, since {since})"
+    since = datetime.fromtimestamp(writer["since"])
+    return f"`{writer['command']}` (process {writer['pid']} on {writer['host']}, since {since:%Y-%m-%d %H:%M:%S})"

@@ -100,10 +100,9 @@ def write(parsed: argparse.Namespace, model: SamoeModel, processor: VideoProcess
     elif parsed.to == "transformers":
         merge_into_base(model, parsed.domain).save_pretrained(folder)
         processor.save_pretrained(folder)
-    elif parsed.to == "sam2":
-        save_sam2(model.config, merge_into_base(model, parsed.domain).state_dict(), folder)
-    elif parsed.to == "edgetam":
-        save_edgetam(model.config, merge_into_base(model, parsed.domain).state_dict(), folder)
+    elif parsed.to in ("sam2", "edgetam"):
+        save = save_sam2 if parsed.to == "sam2" else save_edgetam
+        save(model.config, merge_into_base(model, parsed.domain).state_dict(), folder)
     elif parsed.into.is_file():
         tensors, selection = merge_into_base(model, parsed.domain).state_dict(), "score"
         encoder_changed = save_sam3(model.config, tensors, parsed.into, folder)

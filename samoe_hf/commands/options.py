@@ -145,9 +145,7 @@ def add_output_option(
 ) -> argparse._ArgumentGroup:
     """Adds `--output`, a folder that must be given if there is no default, and returns its group."""
     group = parser.add_argument_group("output")
-    default_path = None if default is None else Path(default)
-    is_required = default is None
-    group.add_argument("--output", type=_folder, required=is_required, default=default_path, metavar="DIR", help=help)
+    group.add_argument("--output", type=_folder, required=not default, default=default, metavar="DIR", help=help)
     return group
 
 

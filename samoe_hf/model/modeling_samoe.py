@@ -524,11 +524,7 @@ class SamoeModel(SamoePreTrainedModel):
             card=card,
             tags=tags,
             max_shard_size=max_shard_size,
-            commit={
-                "commit_message": commit_message,
-                "commit_description": commit_description,
-                "create_pr": create_pr,
-            },
+            commit={"commit_message": commit_message, "commit_description": commit_description, "create_pr": create_pr},
             private=private,
             token=token,
             revision=revision,

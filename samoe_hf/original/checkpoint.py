@@ -77,9 +77,9 @@ _OTHERS = {
 class _Unread:
     """Stands for NumPy's numbers, such as a best score, beside the tensors: nothing that a file asks for is made."""
 
-    def __init__(self, *args: Any): ...
+    def __init__(self, *_: Any): ...
 
-    def __setstate__(self, state: Any): ...
+    __setstate__ = __init__
 
 
 _NUMPY = ("numpy.dtype", "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
