@@ -26,6 +26,8 @@ CONTAINER_FORMATS = (
 )
 MAX_LEADING = 1000  # packets before the first frame
 STILL = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image
+# Titles and the like that are no UTF-8 are an error before PyAV 19, which needs Python 3.12, unless it is told.
+TEXTS: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__version__.partition(".")[0]) < 19 else {}
 # Each colour value from all that go into it; a faster conversion takes the nearest colours, and rounds.
 ACCURATE = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
 
@@ -50,7 +52,7 @@ class Decoder:
 
     def __init__(self, path: Path, by_frames: bool):
         options = {"format_whitelist": CONTAINER_FORMATS, "protocol_whitelist": "file"}
-        self.container = av.open(f"file:{path}", options=options, metadata_errors="replace")
+        self.container = av.open(f"file:{path}", options=options, **TEXTS)
         stream = shown_stream(self.container.streams.video)
         if stream is None:
             self.container.close()
