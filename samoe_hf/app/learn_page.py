@@ -151,14 +151,10 @@ class LearnPart(Part):
             raise InputError("Learning is not done yet.")
         before = learning.loaded
         if learning.learned is None:
-            model = before.model
             # As the page was told to track.
-            options = {
-                "dtype": model.dtype,
-                "unknown": model.config.unknown,
-                "memory_selection": model.memory_selection,
-            }
-            learning.learned = self.app.add(load_model(str(learning.output), model.device, **options))
+            own = {"unknown": before.model.config.unknown, "memory_selection": before.model.memory_selection}
+            device, dtype = before.model.device, before.model.dtype
+            learning.learned = self.app.add(load_model(str(learning.output), device, dtype=dtype, **own))
         after = learning.learned
         known = session.domain in (None, AUTO, *before.domains)
         left = Side("before", before, session.domain if known else AUTO)

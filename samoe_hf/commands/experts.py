@@ -20,8 +20,6 @@ from . import options
 if TYPE_CHECKING:
     from samoe_hf.analysis.usage import ExpertUsage
     from samoe_hf.data.schema import Video
-    from samoe_hf.model.modeling_samoe import SamoeModel
-    from samoe_hf.model.processing_samoe import VideoProcessor
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -92,6 +90,9 @@ def print_usage(usage: ExpertUsage, dead_share: float) -> None:
 
 
 def run(parsed: argparse.Namespace) -> None:
+    """Tracks the videos, and prints, draws and writes what the experts did."""
+    from samoe_hf.analysis.routing import routing_maps, routing_module
+    from samoe_hf.analysis.usage import expert_usage
     from samoe_hf.one_writer import OneWriter
 
     if not 0 <= parsed.dead_share <= 1:
@@ -99,27 +100,17 @@ def run(parsed: argparse.Namespace) -> None:
     videos = options.open_dataset(parsed).videos()
     chosen = choose_videos(videos, parsed.routing_video, parsed.routing_object)
     model, processor = options.load_model(parsed, parsed.device)
-    with OneWriter(parsed.output):
-        show_experts(parsed, videos, chosen, model, processor)
-
-
-def show_experts(
-    parsed: argparse.Namespace, videos: list[Video], chosen: list[Video], model: SamoeModel, processor: VideoProcessor
-) -> None:
-    """Tracks the videos, and prints, draws and writes what the experts did; `chosen`: of which routing is drawn."""
-    from samoe_hf.analysis.routing import routing_maps, routing_module
-    from samoe_hf.analysis.usage import expert_usage
-
     module = routing_module(model, parsed.routing_module)
-    usage = expert_usage(model, videos, processor)
-    print_usage(usage, parsed.dead_share)
-    files = usage.save(parsed.output, parsed.dead_share)
-    if module is None:
-        print("No routing maps: no layer with experts has image positions for tokens.")
-    else:
-        chosen = chosen or first_of_each_domain(videos, usage, module, parsed.routing_object)
-        names = options.unique_names(f"routing_{video.domain}_{video.video_id}" for video in chosen)
-        for video, name in zip(chosen, names, strict=True):
-            maps = routing_maps(model, video, processor, module)
-            files += maps.save(parsed.output / name, parsed.routing_object)
+    with OneWriter(parsed.output):
+        usage = expert_usage(model, videos, processor)
+        print_usage(usage, parsed.dead_share)
+        files = usage.save(parsed.output, parsed.dead_share)
+        if module is None:
+            print("No routing maps: no layer with experts has image positions for tokens.")
+        else:
+            chosen = chosen or first_of_each_domain(videos, usage, module, parsed.routing_object)
+            names = options.unique_names(f"routing_{video.domain}_{video.video_id}" for video in chosen)
+            for video, name in zip(chosen, names, strict=True):
+                maps = routing_maps(model, video, processor, module)
+                files += maps.save(parsed.output / name, parsed.routing_object)
     print(f"Written: {', '.join(file.name for file in files)} in {parsed.output}")

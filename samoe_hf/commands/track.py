@@ -192,8 +192,9 @@ def run(parsed: argparse.Namespace) -> None:
                 raise InputError(f"`--window` must have the smaller intensity first, got {parsed.window!r}.")
             frames.window = black, white
     with OneWriter(parsed.output, inside=False) as writer, OneWriter(target, "`--masks`", inside=False):
-        # The overlay is written last: masks without it are those of a process that was killed just before.
-        overwrite = parsed.overwrite or (bool(writer.cleared) and not parsed.output.exists())
+        # The overlay is written last: its own masks without it are those of a process that was killed just before.
+        was_killed = bool(writer.cleared) and not parsed.output.exists() and parsed.masks is None
+        overwrite = parsed.overwrite or was_killed
         check_outputs(parsed.output, target, tracks, parsed.video, overwrite, parsed.layout)
         track(parsed, prompts, frames, target, tracks, overwrite)
 

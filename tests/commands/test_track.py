@@ -185,6 +185,9 @@ def test_an_earlier_run_is_replaced_whole_if_asked_to(track, monkeypatch, model_
     output.write_bytes(b"old")
     arguments = [model_folder, file, "--point", "40,30", "--output", output]
     assert "o.mp4 exists" in track(*arguments, fails=True)
+    # Of a process that was killed just before the end; its masks were others.
+    (tmp_path / f".n.{'0' * 32}.mp4").touch()
+    assert "must be a new folder" in track(*arguments[:-1], tmp_path / "n.mp4", "--masks", masks, fails=True)
     track(*arguments, "--overwrite")
     assert len(read_video(output)) == 5
     assert sorted(path.name for path in masks.iterdir()) == [f"{t:05d}.png" for t in range(5)]
