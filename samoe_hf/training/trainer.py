@@ -411,13 +411,16 @@ class SamoeTrainer(Trainer):
         tags: str | list[str] | None = None,
         language: str | None = None,
         dataset: str | list[str] | None = None,
+        usage_picture: str | Path | None = None,
     ) -> None:
-        """Writes `README.md` with what the run knows: settings, domains, and the scores of the last evaluation."""
+        """Writes `README.md` with what the run knows: settings, domains, and the scores of the last evaluation; and
+        with `usage_picture`, an image of how often each expert is used."""
         if not self.is_world_process_zero():
             return
         settings = {name: getattr(self.args, name) for name in TRAINING_SETTINGS.split(", ")}
         content = CardContent(
             eval_results=evaluation_results(self.state.log_history),
+            usage_picture=usage_picture,
             training=settings | {"steps": self.state.global_step},
             domains=list(getattr(self.train_dataset, "datasets", [])),
             datasets=dataset,
