@@ -83,6 +83,4 @@ def reduced(video: Video, size: int, frames: Sequence[int]) -> Video:
 
 
 def _resized(image: np.ndarray, size: int) -> np.ndarray:
-    if image.shape[:2] == (size, size):
-        return image
     return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BOX))

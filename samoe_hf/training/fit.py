@@ -120,7 +120,6 @@ def fit_arguments(
 
 def _can_be_cached(model: SamoeModel, args: SamoeTrainingArguments, datasets: list[Any], frame_bytes: float) -> bool:
     """Whether frames come again with the same features, which take at most half of what is free on the disk."""
-    # Experts of domains in a frozen encoder are not of the one that is trained.
     if encoder_has_dropout(model, None) or any(o.sampler.transforms or isinstance(o, ClipStream) for o in datasets):
         return False
     output = args.folder.absolute()

@@ -62,8 +62,7 @@ def made_from(
         "clips of a step": batch,
         "train_data": _describe_clips(clips),
         **{name: getattr(args, name) for name in [*OPTIONS.split(), *LENGTH]},
-        # Also as `accelerate launch` says.
-        **{name: args.mixed_precision == name for name in ("bf16", "fp16")},
+        **{name: args.mixed_precision == name for name in ("bf16", "fp16")},  # also by `accelerate launch`
         **asdict(recipe),
         **asdict(loss),
     }

@@ -178,6 +178,7 @@ class SamoeTrainer(Trainer):
         self.depends_on: dict[str, Any] = {}
         self._made_from: dict[str, Any] | None = None
         self._rates: dict[str, float] = {}  # of the last step, by set
+        self.steps_of_epoch = 1
         self.add_callback(RunCallback(self))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs) -> TrainOutput:
@@ -262,13 +263,11 @@ class SamoeTrainer(Trainer):
         return (loss, output) if return_outputs else loss
 
     def _is_logging_step(self) -> bool:
-        step = self.state.global_step + 1
-        if self.args.logging_strategy == IntervalStrategy.NO:
-            return False
-        interval = max(int(self.state.logging_steps), 1)
-        if self.args.logging_strategy == IntervalStrategy.EPOCH:
-            interval = math.ceil(self.state.max_steps / max(self.state.num_train_epochs, 1))
-        return step % interval == 0 or (step == 1 and self.args.logging_first_step)
+        step, strategy = self.state.global_step + 1, self.args.logging_strategy
+        by_epoch = step % self.steps_of_epoch == 0 or step == self.state.max_steps
+        by_step = step % max(int(self.state.logging_steps), 1) == 0
+        is_due = by_epoch if strategy == IntervalStrategy.EPOCH else by_step
+        return strategy != IntervalStrategy.NO and (is_due or (step == 1 and self.args.logging_first_step))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Logs values; with the training loss, also its parts, the routing and each set's learning rate."""
@@ -412,13 +411,16 @@ class SamoeTrainer(Trainer):
         tags: str | list[str] | None = None,
         language: str | None = None,
         dataset: str | list[str] | None = None,
+        usage_picture: str | Path | None = None,
     ) -> None:
-        """Writes `README.md` with what the run knows: settings, domains, and the scores of the last evaluation."""
+        """Writes `README.md` with what the run knows: settings, domains, and the scores of the last evaluation; and
+        with `usage_picture`, an image of how often each expert is used."""
         if not self.is_world_process_zero():
             return
         settings = {name: getattr(self.args, name) for name in TRAINING_SETTINGS.split(", ")}
         content = CardContent(
             eval_results=evaluation_results(self.state.log_history),
+            usage_picture=usage_picture,
             training=settings | {"steps": self.state.global_step},
             domains=list(getattr(self.train_dataset, "datasets", [])),
             datasets=dataset,
@@ -505,6 +507,8 @@ class RunCallback(TrainerCallback):
         if hasattr(clips, "set_epoch"):
             clips.set_epoch(int(state.epoch or 0))
         loader: Any = kwargs["train_dataloader"]
+        batches = len(loader) if has_length(loader) else math.inf
+        self.trainer.steps_of_epoch = math.ceil(min(batches / args.gradient_accumulation_steps, state.max_steps))
         if getattr(getattr(loader, "base_dataloader", loader), "_iterator", None) is not None:
             # As for workers that start anew, which those of a resumed run do.
             torch.empty((), dtype=torch.int64).random_()

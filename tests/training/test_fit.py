@@ -117,8 +117,7 @@ def test_settings_are_chosen_from_fast_to_small(run, capsys):
 
 
 def test_what_is_chosen_is_trained_with(run, tmp_path):
-    arguments = [run(), "--fit", "2GB", "--max_steps", "1", "--save_strategy", "no"]
-    trainer = build_trainer(arguments)
+    trainer = build_trainer([run(), "--fit", "2GB", "--max_steps", "1", "--save_strategy", "no"])
     assert trainer.args.feature_cache == str(tmp_path / "out" / "features")
     trainer.train()
     assert list((tmp_path / "out" / "features").rglob("*.safetensors"))

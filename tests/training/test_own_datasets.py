@@ -125,10 +125,7 @@ def test_it_is_used_as_transformers_trainer_or_says_why_not(model_folder, tmp_pa
         (lambda: SamoeTrainer(model, args, compute_metrics=dict), "`compute_metrics` is for transformers.Trainer"),
         (lambda: SamoeTrainer(model, args, "mask"), "`recipe` must be a PromptRecipe, not str"),
         (lambda: SamoeTrainer(model, args, processing_class="base"), "`processing_class` must be .* not str"),
-        (
-            SamoeTrainer(model, SamoeTrainingArguments(tmp_path, trainable=[])).create_optimizer,
-            "`trainable` is .*, which",
-        ),
+        (SamoeTrainer(model, SamoeTrainingArguments(tmp_path, trainable=[])).create_optimizer, "`trainable` is"),
         (lambda: SamoeTrainingArguments(learning_rate="1e-4"), "`learning_rate` must be at least 0, got '1e-4'"),
         (lambda: SamoeTrainer(model, args, optimizer_cls_and_kwargs=(1, {})), "`optimizer_cls_and_kwargs` is for"),
         (lambda: SamoeTrainer(model, args, eval_dataset={"one": "davis"}), "a dataset must be .*, not str"),

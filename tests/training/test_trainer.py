@@ -43,6 +43,10 @@ def test_logs_tell_losses_rates_and_routing_by_domain(run_config):
             usage = [entry[key] for key in entry if key.startswith(f"expert_usage/{domain}/")]
             assert usage == [] or sum(usage) == pytest.approx(1, abs=1e-4)
             assert 0 <= entry.get(f"router_entropy/{domain}", 0) <= 1
+    by_epoch = make_trainer(run_config, "--logging_strategy", "epoch", "--max_steps", 13, "--overwrite_output_dir")
+    by_epoch.train()
+    *logs, _ = by_epoch.state.log_history
+    assert len(logs) == 2 and all(any("router_entropy/" in key for key in entry) for entry in logs)
 
 
 def test_evaluation_tracks_videos_and_reports_by_domain(run_config):
