@@ -62,6 +62,9 @@ def push(
     experts_only, loaded = options["experts_only"], model.origin.source or {}
     if experts_only and options["base_model"] is None:
         check_base_is_public(model)
+    content = CardContent(**{"tags": tags, **(card or {})})
+    if content.usage_picture is not None:
+        os.stat(content.usage_picture)  # what is not there is an error before a repository is made
     options["processor"] = options["processor"] or build_processor(model.config)
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as folder, _connection_errors(repo_id):
@@ -77,11 +80,9 @@ def push(
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         base = json.loads((Path(folder) / CONFIG_NAME).read_text(encoding="utf-8"))["base_model"] or loaded
         if card is not None or not api.file_exists(repo_id, "README.md", revision=revision):
-            content = CardContent(**{"tags": tags, **(card or {})})
             write_model_card(model, folder, repo_id, content, base=base, experts_only=experts_only)
         else:  # as with other models, a card that was written by hand stays
-            own = api.hf_hub_download(repo_id, "README.md", revision=revision)
-            add_tags(own, folder, card_tags(model, tags, base))
+            add_tags(api.hf_hub_download(repo_id, "README.md", revision=revision), folder, card_tags(model, tags, base))
         return api.upload_folder(
             repo_id=repo_id,
             folder_path=folder,

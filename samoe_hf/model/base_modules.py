@@ -158,7 +158,7 @@ def _run_side_by_side(heads: Sequence[Any], tokens: Tensor) -> list[Tensor]:
 
 
 def _run_alike(heads: Sequence[Any], tokens: Tensor) -> list[Tensor]:
-    stacked = once_for_clip((*heads, active_domain()), lambda: _stack_layers(heads))
+    stacked = once_for_clip(lambda: (*heads, active_domain()), lambda: _stack_layers(heads))
     if stacked is None:
         return [head(token) for head, token in zip(heads, tokens.unbind(2), strict=True)]
     states = tokens[:, 0].transpose(0, 1)

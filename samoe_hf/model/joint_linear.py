@@ -64,7 +64,7 @@ def joint_layers(layers: Sequence[Any], like: Tensor) -> JointLayers | None:
     one."""
     device = like.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else like.dtype
-    return once_for_clip((*layers, active_domain(), dtype), lambda: _joint_layers(layers, dtype))
+    return once_for_clip(lambda: (*layers, active_domain(), dtype), lambda: _joint_layers(layers, dtype))
 
 
 def _joint_layers(layers: Sequence[Any], dtype: torch.dtype) -> JointLayers | None:

@@ -38,15 +38,15 @@ def keep_for_clip() -> Iterator[None]:
         _during_clip.reset(tokens[1])
 
 
-def once_for_clip(name: Hashable, compute: Callable[[], T]) -> T:
+def once_for_clip(name: Callable[[], Hashable], compute: Callable[[], T]) -> T:
     """What `compute` gives: in [`keep_for_clip`] that of the first call with a name, unless a graph is compiled."""
-    known = _during_clip.get()
-    if known is None or torch.compiler.is_compiling():
+    # PyTorch 2.11 compiles no context variable, such as `name` reads as well.
+    if torch.compiler.is_compiling() or (known := _during_clip.get()) is None:
         return compute()
-    name = name, torch.is_grad_enabled()
-    if name not in known:
-        known[name] = compute()
-    return known[name]
+    key = name(), torch.is_grad_enabled()
+    if key not in known:
+        known[key] = compute()
+    return known[key]
 
 
 def keep_between(steps: Iterator[T]) -> Iterator[T]:

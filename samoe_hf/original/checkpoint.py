@@ -56,12 +56,8 @@ _AVERAGES = ("ema", "model_ema", "ema_model", "ema_state_dict", "state_dict_ema"
 _WRAPPERS = re.compile(r"^((module|model|_orig_mod|ema|model_ema|ema_model)\.)+|(?<=\.)_orig_mod\.")
 _AVERAGED = re.compile(r"((module|model)\.)?(ema|model_ema|ema_model)\.")
 # Of Meta's `sam3.pt`. transformers' own conversion takes an epsilon of 1e-6.
-SAM3_CONFIG = Sam3TrackerVideoConfig(
-    vision_config={
-        "model_type": "sam3_vision_model",
-        "backbone_config": {"model_type": "sam3_vit_model", "layer_norm_eps": 1e-5},
-    }
-)
+_SAM3_VIT = {"model_type": "sam3_vit_model", "layer_norm_eps": 1e-5}
+SAM3_CONFIG = Sam3TrackerVideoConfig(vision_config={"model_type": "sam3_vision_model", "backbone_config": _SAM3_VIT})
 # What is in files of other models than SAM 2: a pattern of a tensor's name -> what the file is, and what to load
 # instead; None if it is read. The first that matches applies.
 _OTHERS = {

@@ -62,6 +62,7 @@ def test_what_is_known_is_told(model, monkeypatch):
 def test_domains_are_told():
     model = SamoeModel(SamoeConfig(**read_yaml(ROOT / "configs" / "model_nano.yaml")))
     add_domain(model, "night", num_experts=3, lora_rank=2)
+    assert "LoRA experts for 1 domain:\nnight. A gate" in build_model_card(model, "tester/model").text
     add_domain(model, "day", num_experts=0)
     text = build_model_card(model, "tester/model", CardContent()).text
     assert "LoRA experts for 2 domains:\nnight, day. A gate chooses" in text and "gets the base model's output." in text

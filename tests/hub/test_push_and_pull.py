@@ -320,6 +320,13 @@ def test_what_was_trained_does_not_take_its_bases_place(server, base):
     assert server.repositories["tester/base"].files == before
 
 
+def test_a_card_that_cannot_be_written_makes_no_repository(server, base):
+    for card, error in (({"licence": "mit"}, TypeError), ({"usage_picture": "missing.png"}, FileNotFoundError)):
+        with pytest.raises(error, match=r"licence|missing\.png"):
+            base.push_to_hub("typo", card=card)
+    assert "tester/typo" not in server.repositories
+
+
 def test_a_base_that_only_this_machine_has_is_not_pushed(server, model_folder):
     model = SamoeModel.from_pretrained(model_folder)
     with pytest.raises(ValueError, match=r"which nobody else can fetch.*`base_model`"):
