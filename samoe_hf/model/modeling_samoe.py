@@ -399,17 +399,8 @@ class SamoeModel(SamoePreTrainedModel):
             FileNotFoundError: if there is no such `.pt` file.
             ValueError: if tensors other than the experts' are missing, any is unexpected, or one is not finite.
         """
-        request = LoadRequest(
-            super().from_pretrained,
-            pretrained_model_name_or_path,
-            config,
-            experts,
-            original_config,
-            output_loading_info,
-            ignore_mismatched_sizes,
-            quantization_config,
-            kwargs,
-        )
+        given = (config, experts, original_config, output_loading_info, ignore_mismatched_sizes, quantization_config)
+        request = LoadRequest(super().from_pretrained, pretrained_model_name_or_path, *given, kwargs)
         model, info = load_model(cls, request)
         return (model, info) if output_loading_info else model
 
@@ -524,11 +515,7 @@ class SamoeModel(SamoePreTrainedModel):
             card=card,
             tags=tags,
             max_shard_size=max_shard_size,
-            commit={
-                "commit_message": commit_message,
-                "commit_description": commit_description,
-                "create_pr": create_pr,
-            },
+            commit={"commit_message": commit_message, "commit_description": commit_description, "create_pr": create_pr},
             private=private,
             token=token,
             revision=revision,
