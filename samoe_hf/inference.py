@@ -363,8 +363,8 @@ def track_video(
         InputError: for no frames, prompts that do not fit the video, see [`check_prompts`], or a domain that the model
             does not have.
     """
-    steps = tracking_steps(model, processor, frames, prompts, show_progress_bar, domain, memory_selection, unknown)
-    return run_alone(model, steps)
+    choices = {"domain": domain, "memory_selection": memory_selection, "unknown": unknown}
+    return run_alone(model, tracking_steps(model, processor, frames, prompts, show_progress_bar, **choices))
 
 
 def tracking_steps(
@@ -373,21 +373,11 @@ def tracking_steps(
     frames: Sequence[np.ndarray],
     prompts: Sequence[VideoPrompt],
     show_progress_bar: bool = False,
-    domain: str | None = AUTO,
-    memory_selection: str | None = None,
-    unknown: str | None = None,
+    **choices: Any,
 ) -> Steps[TrackedFrame]:
     """What [`track_video`] does, in steps that run with those of other videos; see [`SamoeModel.frame_steps`]."""
-    check_domain(model, domain)
-    session = VideoSession(
-        frames,
-        processor,
-        domain=domain,
-        memory_selection=memory_selection,
-        unknown=unknown,
-        inference_device=model.device,
-        dtype=model.dtype,
-    )
+    check_domain(model, choices.get("domain", AUTO))
+    session = VideoSession(frames, processor, **choices, inference_device=model.device, dtype=model.dtype)
     height, width = session.video_height, session.video_width
     assert height is not None and width is not None
     size = (height, width)

@@ -313,10 +313,7 @@ def _weight_label(gates: np.ndarray) -> str:
 
 
 def expert_usage(
-    model: SamoeModel,
-    videos: Iterable[Video],
-    processor: VideoProcessor | None = None,
-    show_progress_bar: bool = True,
+    model: SamoeModel, videos: Iterable[Video], processor: VideoProcessor | None = None, show_progress_bar: bool = True
 ) -> ExpertUsage:
     """Tracks videos and sums up what the routers choose.
 

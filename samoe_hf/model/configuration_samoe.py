@@ -131,9 +131,7 @@ OTHER_RULES = {
     "older_memory_pooling": integer(1),
     "memory_attention_dropout": number("from 0 to 1", lambda x: 0 <= x <= 1),
     "memory_attention_rope_dropout": number("from 0 to 1", lambda x: 0 <= x <= 1),
-    "memory_selection": Rule(
-        f"one of {', '.join(MEMORY_SELECTIONS)}", lambda value: value in [None, *MEMORY_SELECTIONS]
-    ),
+    "memory_selection": Rule(f"one of {', '.join(MEMORY_SELECTIONS)}", [None, *MEMORY_SELECTIONS].__contains__),
     "unknown": Rule(f"one of {', '.join(UNKNOWN)}", lambda value: value in UNKNOWN),
     "base_model": mapping("texts", str | None),
     "adapters": mapping("True or False", bool),

@@ -25,11 +25,7 @@ class Router(nn.Module):
     """
 
     def __init__(
-        self,
-        in_features: int,
-        num_experts: int,
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
+        self, in_features: int, num_experts: int, device: torch.device | None = None, dtype: torch.dtype | None = None
     ):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_experts, in_features, device=device, dtype=dtype))

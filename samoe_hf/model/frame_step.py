@@ -75,11 +75,7 @@ def with_positions(model: SamoePreTrainedModel, fine: Tensor, middle: Tensor, co
     """Adds the encodings of positions, which are the same for all images, to three levels of features."""
     position = model.vision_encoder.neck.position_encoding((1, *coarse.shape[1:]), coarse.device, coarse.dtype)
     return ImageFeatures(
-        fine,
-        middle,
-        coarse,
-        position.flatten(2).permute(2, 0, 1),
-        model.get_image_wide_positional_embeddings(),
+        fine, middle, coarse, position.flatten(2).permute(2, 0, 1), model.get_image_wide_positional_embeddings()
     )
 
 

@@ -72,7 +72,7 @@ def _joint_layers(layers: Sequence[Any], dtype: torch.dtype) -> JointLayers | No
     sources = [x for layer, mixture in zip(layers, experts, strict=True) for x in _tensors(layer, mixture)]
     if not keeps(sources) or not _can_be_joined(layers, experts):
         return None
-    of = dtype, experts[0] and experts[0].scaling
+    of = dtype, experts[0] and (experts[0].scaling, _runs_router(experts[0]))
     return keep((*layers, *experts), sources, lambda: _join(layers, experts, dtype), of)
 
 
@@ -106,10 +106,14 @@ def _can_be_joined(layers: Sequence[Any], experts: Sequence[ExpertMixture | None
             if not all(map(runs_own_code, (mixture, mixture.router))):
                 return False
             own += (mixture.num_experts, mixture.num_experts_per_tok, mixture.drops() and mixture.dropout.p)
-            if mixture.num_experts > 1 or torch.is_grad_enabled():  # else it becomes part of its layer's weight
-                own += (mixture.lora_rank, mixture.scaling)
+            own += (mixture.lora_rank, mixture.scaling) if _runs_router(mixture) else ()
         sizes.add(own)
     return len(sizes) == 1
+
+
+def _runs_router(mixture: ExpertMixture) -> bool:
+    """Whether the router is run: else the one expert becomes part of its layer's weight."""
+    return mixture.num_experts > 1 or torch.is_grad_enabled() or mixture.router_logits.is_watched()
 
 
 def _tensors(layer: nn.Linear, mixture: ExpertMixture | None) -> list[Tensor]:
@@ -125,7 +129,7 @@ def _join(layers: Sequence[nn.Linear], experts: Sequence[ExpertMixture | None], 
     biases: list[Tensor] = [layer.bias for layer in layers if layer.bias is not None]
     bias = torch.cat(biases).to(dtype) if biases else None
     mixtures = [mixture for mixture in experts if mixture is not None]
-    if mixtures and (mixtures[0].num_experts > 1 or torch.is_grad_enabled()):
+    if mixtures and _runs_router(mixtures[0]):
         return JointLayers(torch.cat(weights).to(dtype), bias, mixtures, joined_experts(mixtures).to(dtype))
     if mixtures:
         weights = [mixture.merge_into(weight) for mixture, weight in zip(mixtures, weights, strict=True)]

@@ -399,17 +399,8 @@ class SamoeModel(SamoePreTrainedModel):
             FileNotFoundError: if there is no such `.pt` file.
             ValueError: if tensors other than the experts' are missing, any is unexpected, or one is not finite.
         """
-        request = LoadRequest(
-            super().from_pretrained,
-            pretrained_model_name_or_path,
-            config,
-            experts,
-            original_config,
-            output_loading_info,
-            ignore_mismatched_sizes,
-            quantization_config,
-            kwargs,
-        )
+        given = (config, experts, original_config, output_loading_info, ignore_mismatched_sizes, quantization_config)
+        request = LoadRequest(super().from_pretrained, pretrained_model_name_or_path, *given, kwargs)
         model, info = load_model(cls, request)
         return (model, info) if output_loading_info else model
 

@@ -213,10 +213,7 @@ def _check_session(model: SamoePreTrainedModel, session: InferenceSession, frame
 
 
 def new_prompt_steps(
-    model: SamoePreTrainedModel,
-    session: InferenceSession,
-    except_frame: int | None = None,
-    streaming: bool = False,
+    model: SamoePreTrainedModel, session: InferenceSession, except_frame: int | None = None, streaming: bool = False
 ) -> Iterator[TrackingStep]:
     """Follows the user: forgets prompts that were removed, and segments new ones on frames other than `except_frame`.
 

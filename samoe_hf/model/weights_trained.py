@@ -73,11 +73,9 @@ def base_fingerprint(
         return known[key]
     base = _load_base(type(model), model.config, model.origin.source, {"dtype": dtype})
     full = _base_tensors(base.state_dict(), saved)
-    if is_quantized:
-        return _remember(model, full, dtype)
-    if changed := _changed(own, full):
+    if not is_quantized and (changed := _changed(own, full)):
         raise InputError(f"{min(changed)!r} is not as in the base model, of which parts are of another type.")
-    return hash_tensors(full.items(), dtype)
+    return _remember(model, full, dtype)
 
 
 def _add_changed(model: SamoePreTrainedModel, saved: set[str], state_dict: Mapping[str, Tensor], dtype: Any) -> None:
@@ -85,18 +83,17 @@ def _add_changed(model: SamoePreTrainedModel, saved: set[str], state_dict: Mappi
 
     Once for each choice of tensors, the base is loaded again. Of one that is not there any more, nobody knows.
     """
-    own, known = _base_tensors(state_dict, saved), model.origin.fingerprints
-    if model.origin.source is None or model.origin.quantized:
+    own, origin = _base_tensors(state_dict, saved), model.origin
+    if origin.source is None or origin.quantized:
         return
-    if known.get((frozenset(own), dtype)) == hash_tensors(own.items(), dtype):
+    if origin.fingerprints.get((frozenset(own), dtype)) == hash_tensors(own.items(), dtype):
         return
     try:
-        base = _load_base(type(model), model.config, model.origin.source, {"dtype": dtype}).state_dict()
+        base = _load_base(type(model), model.config, origin.source, {"dtype": dtype}).state_dict()
     except (OSError, ValueError):
         return
-    changed = _changed(own, base)
-    saved |= changed
-    model.origin.changed |= changed
+    origin.changed |= _changed(own, base)
+    saved |= origin.changed
     _remember(model, _base_tensors(base, saved), dtype)
 
 

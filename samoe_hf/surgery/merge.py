@@ -11,14 +11,13 @@ from transformers import AutoModel, Sam3VideoConfig
 from transformers.utils import CONFIG_NAME
 
 from samoe_hf.errors import InputError
-from samoe_hf.model.adapters import adapter_names
 from samoe_hf.model.base import SAM3, check_base, config_of_base
 from samoe_hf.model.domain_experts import domain_modules
 from samoe_hf.model.expert_layer import ExpertMixture, expert_modules, is_expert_parameter
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.weights_check import describe_mismatches, find_mismatches
 from samoe_hf.model.weights_files import open_weights, own_names
-from samoe_hf.surgery.domains import find_domain
+from samoe_hf.surgery.domains import check_no_adapters, find_domain
 from samoe_hf.whole_files import new_folder
 
 if TYPE_CHECKING:
@@ -67,8 +66,7 @@ def chosen_experts(model: SamoeModel, domain: str | None) -> dict[str, ExpertMix
         InputError: if a domain must be named, or there is no such one; if the base is quantized, or the model has
             adapters of PEFT.
     """
-    if names := adapter_names(model):
-        raise InputError(f"The model has adapters of PEFT, such as {names[0]!r}; delete them before.")
+    check_no_adapters(model)
     if model.origin.quantized:
         raise InputError("The base is quantized, and its weights are rounded; load the model without quantization.")
     if domain == BASE_ALONE:

@@ -1,5 +1,6 @@
 """Statistics of the routers by hand and against the original, and whose tokens are whose."""
 
+import copy
 import json
 import math
 
@@ -14,6 +15,7 @@ from samoe_hf.analysis.usage import ExpertUsage, RouterSums, Source, expert_simi
 from samoe_hf.data import SyntheticVideos, Video
 from samoe_hf.model.expert_layer import ExpertLinear
 from samoe_hf.model.expert_router import top_k_gates
+from samoe_hf.surgery.experts import replace_experts
 
 QUERY = "memory_attention.layers.1.cross_attn_image.q_proj"
 SHARED_LAYERS = ("memory_attention.layers.0.self_attn.", "memory_attention.layers.0.cross_attn_image.q_proj")
@@ -216,3 +218,13 @@ def test_a_save_of_one_domain_is_whole_or_leaves_the_folder_as_it_was(tmp_path, 
             usage_of({"d": torch.randn(1, 20, 3)}).save(tmp_path / name)
     assert {file.name: file.read_bytes() for file in (tmp_path / "old").iterdir()} == before
     assert not (tmp_path / "new").exists()
+
+
+def test_routers_of_one_expert_are_seen_too(nano):
+    """Where nobody looks, such an expert is part of its layer's weight while a video is tracked."""
+    model = copy.deepcopy(nano.model)
+    replace_experts(model, num_experts=1, num_experts_per_tok=1)
+    videos = SyntheticVideos(1, 3, (96, 128), seed=3)
+    seen, expected = (expert_usage(one, videos, show_progress_bar=False) for one in (model, nano.model))
+    assert seen.modules == expected.modules and (seen.to_pandas().mean_gate == 1).all()
+    assert seen.to_pandas().tokens.max() == expected.to_pandas().tokens.max()
