@@ -16,6 +16,7 @@ from av.error import FFmpegError
 from av.video.reformatter import Interpolation
 
 from samoe_hf.data import SampleError, read_video
+from samoe_hf.data.decoder import TEXTS
 
 LOW_LEVEL = {"libx264": "x264-params", "libx265": "x265-params"}
 # Codec -> containers (suffix: FFmpeg's name) and pixel formats.
@@ -195,7 +196,7 @@ def plain_decoding(path: Path) -> tuple[list[np.ndarray], bool]:
     frames: list[np.ndarray] = []
     try:
         # Damage may hit a text that nobody reads.
-        with av.open(str(path), metadata_errors="ignore") as source:
+        with av.open(str(path), **TEXTS) as source:
             stream = max(source.streams.video, key=lambda s: (s.disposition & 1, s.width * s.height))
             for frame in source.decode(stream):
                 frames.append(shown(frame))
