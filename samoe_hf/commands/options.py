@@ -145,7 +145,8 @@ def add_output_option(
 ) -> argparse._ArgumentGroup:
     """Adds `--output`, a folder that must be given if there is no default, and returns its group."""
     group = parser.add_argument_group("output")
-    group.add_argument("--output", type=_folder, required=not default, default=default, metavar="DIR", help=help)
+    path = None if default is None else Path(default)
+    group.add_argument("--output", type=_folder, required=path is None, default=path, metavar="DIR", help=help)
     return group
 
 

@@ -293,7 +293,7 @@ class Evaluation:
 
         run = self._folder(label, {"predictions": str(source)}, folder)
         earlier = run.folder / "run.json"
-        if earlier.is_file() and '"predictions":' not in earlier.read_text():
+        if earlier.is_file() and '"predictions":' not in earlier.read_text(encoding="utf-8"):
             run.check(overwrite)
 
         def evaluate(unfinished: Pairs) -> Iterator[Video]:

@@ -538,10 +538,11 @@ def _frame_result(
 
 def _no_output(model: SamoePreTrainedModel, device: torch.device | str) -> dict[str, Tensor]:
     """The output of an object where it was not tracked."""
+    kind: dict[str, Any] = {"dtype": model.dtype, "device": device}
     return {
-        "pred_masks": torch.full((1, 1, *model.prompt_encoder.mask_input_size), NO_OBJ_SCORE, device=device),
-        "object_score_logits": torch.full((1, 1), NO_OBJ_SCORE, device=device),
-        "iou_scores": torch.zeros(1, 1, device=device),
+        "pred_masks": torch.full((1, 1, *model.prompt_encoder.mask_input_size), NO_OBJ_SCORE, **kind),
+        "object_score_logits": torch.full((1, 1), NO_OBJ_SCORE, **kind),
+        "iou_scores": torch.zeros(1, 1, **kind),
     }
 
 

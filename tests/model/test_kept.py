@@ -346,7 +346,8 @@ def test_what_changes_while_a_video_is_propagated_counts_from_the_next_frame_on(
         assert late.dtype == model.dtype
         results.append((early, late))
     (early, late), (_, expected) = results
-    torch.testing.assert_close(late, expected, rtol=1e-4, atol=1e-4)
+    # Memories are rounded to bfloat16: what differs in the last digit differs in single logits a few frames on.
+    assert (late - expected).abs().mean() < 2e-5 and (late - expected).abs().max() < 5e-3
     torch.testing.assert_close(early, unchanged[:3])
     assert event is convert or (late - unchanged[3:]).abs().max() > 1e-2
 

@@ -17,7 +17,7 @@ NUM_FRAMES, NUM_OBJECTS = 12, 3
 
 def session_of(model, frames, prompts, **options):
     processor = build_processor(model.config)
-    session = VideoSession(frames, processor, **options)
+    session = VideoSession(frames, processor, dtype=model.dtype, **options)
     for prompt in prompts:
         prompt.add_to(session, processor)
     return session
@@ -35,9 +35,10 @@ def tracked(model, frames, prompts, selection="recent"):
 def small():
     """The small model, its queries for memories a tenth as large.
 
-    What is empty would get no weight at all otherwise, and a memory too many or too few would not show.
+    What is empty would get no weight at all otherwise, and a memory too many or too few would not show. In float64,
+    since some CPUs add up a batch in another order than a row.
     """
-    model = SamoeModel.from_pretrained(small_base(), image_size=64)
+    model = SamoeModel.from_pretrained(small_base(), image_size=64, dtype=torch.float64)
     with torch.no_grad():
         for layer in model.memory_attention.layers:
             for parameter in layer.cross_attn_image.q_proj.parameters():
@@ -106,11 +107,15 @@ def test_objects_that_come_late_are_tracked_as_alone(small, late, alone, selecti
         assert ((one > 0) & (other > 0)).sum() >= 0.999 * ((one > 0) | (other > 0)).sum() > 0
 
 
-def test_to_the_bit_where_rows_run_one_by_one(small, late, alone, selection, monkeypatch):
+def are_same(one, other):
+    return torch.allclose(one, other, rtol=0, atol=1e-9)
+
+
+def test_masks_are_the_same_where_rows_run_one_by_one(small, late, alone, selection, monkeypatch):
     run_rows_one_by_one(monkeypatch)
     together = tracked(small, *late, selection)
     for row, own in enumerate(alone):
-        assert all(torch.equal(together[t][row], own[t][0]) for t in range(NUM_FRAMES))
+        assert all(are_same(together[t][row], own[t][0]) for t in range(NUM_FRAMES))
 
 
 @pytest.mark.parametrize("selection", ["recent", "distractor"])
@@ -169,7 +174,7 @@ def test_what_was_tracked_before_a_first_prompt_is_not_read_onward(small, frames
     first = [output.pred_masks for output in small.propagate_from_prompts_iterator(session)]
     again = [output.pred_masks for output in small.propagate_from_prompts_iterator(session, *direction)]
     pairs = zip(first, again, strict=True) if not direction else zip(first[3:], again, strict=False)
-    assert all(torch.equal(one, other) for one, other in pairs)
+    assert all(are_same(one, other) for one, other in pairs)
 
 
 def test_an_end_drops_what_was_tracked_and_can_be_moved_and_taken_back(small, frames):
@@ -189,7 +194,7 @@ def test_an_end_drops_what_was_tracked_and_can_be_moved_and_taken_back(small, fr
         assert run(small(session, frame_idx=t) for t in range(7)) == gone
     small.end_object(session, None, 1)
     again = [output.pred_masks for output in small.propagate_in_video_iterator(session, 0)]
-    assert all(torch.equal(one, other) for one, other in zip(before, again, strict=True))
+    assert all(are_same(one, other) for one, other in zip(before, again, strict=True))
 
 
 @pytest.mark.parametrize(

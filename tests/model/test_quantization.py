@@ -195,4 +195,4 @@ def test_gradients_are_those_over_the_dequantized_weights(model_folder, clip):
     for name, parameter in full.named_parameters():
         if parameter.requires_grad:
             own = model.get_parameter(name).grad
-            assert (own - parameter.grad).norm() <= 1e-4 * parameter.grad.norm(), name
+            assert (own - parameter.grad).norm() <= 1e-3 * parameter.grad.norm(), name
