@@ -261,8 +261,8 @@ def test_packets_without_a_frame_are_found_when_they_are_read(tmp_path, scene):
     assert is_whole and len(expected) < 40
     frames = read_video(tmp_path / "a.mp4")
     assert np.array_equal(frames[20], expected[20])
-    with pytest.raises(SampleError, match=rf"a\.mp4: frame 39: decoding gives {len(expected)} frames, where"):
-        frames[39]
+    with pytest.raises(SampleError, match=rf"a\.mp4: frame 35: decoding gives {len(expected)} frames, where"):
+        frames[35]
     assert_as_decoded(tmp_path / "a.mp4")
 
 
