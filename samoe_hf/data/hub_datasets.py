@@ -32,7 +32,7 @@ AnyDataset = datasets.Dataset | datasets.IterableDataset
 
 def read_dataset(
     root: str | Path,
-    split: str = "train",
+    split: str | None = None,
     streaming: bool = False,
     frames_column: str | None = None,
     masks_column: str | None = None,
@@ -44,15 +44,21 @@ def read_dataset(
 
     Args:
         root: a folder of `save_to_disk`, or anything `datasets.load_dataset` takes, such as a name on the Hub.
-        split: of several that were saved together, and of `load_dataset`.
+        split: of several that were saved together, and of `load_dataset`; by default "train".
         streaming: nothing is downloaded ahead; gives an iterable, for `ClipStream`.
         frames_column, masks_column, video_column, order_column, binary: see [`videos_from_dataset`].
+
+    Raises:
+        ValueError: no such dataset or split; or a `split` of a dataset that was saved alone, as another split or none.
     """
-    folder = Path(root, split) if Path(root, split, "state.json").is_file() else Path(root)
+    folder, split, asked = Path(root), split or "train", split
+    folder = folder / split if (folder / split / "state.json").is_file() else folder
     if (folder / "state.json").is_file():
         with named_errors(folder, "not a dataset of `save_to_disk`"):
             dataset = datasets.load_from_disk(str(folder))
         assert isinstance(dataset, datasets.Dataset)  # since it has a state
+        if asked and folder == Path(root) and str(dataset.split) != asked:
+            raise InputError(f"{folder}: a dataset saved alone, not known to be the split {asked!r}; leave out `split`")
         dataset = dataset.to_iterable_dataset() if streaming else dataset
     else:
         with named_errors(root, f"its split {split!r} cannot be loaded", (ValueError,)):

@@ -11,7 +11,7 @@ from functools import reduce
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import Sam2VideoConfig, Sam2VideoMaskDecoderConfig
+from transformers import Sam2VideoConfig
 
 from .base import MODEL_TYPES, base_of, mask_size, settings_of_base
 from .errors import InputError
@@ -225,9 +225,6 @@ class SamoeConfig(Sam2VideoConfig):
 
     def __post_init__(self, **kwargs):
         check_old_names(kwargs)
-        # transformers 5.17 reads this sub-configuration with the prompt encoder's class.
-        if isinstance(self.mask_decoder_config, dict):
-            self.mask_decoder_config = Sam2VideoMaskDecoderConfig(**self.mask_decoder_config)
         super().__post_init__(**kwargs)
         base_of(self).complete(self)
         if self.memory_selection is None:

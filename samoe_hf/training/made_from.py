@@ -26,7 +26,7 @@ from .arguments import SamoeTrainingArguments
 FILE = "run.json"  # in each checkpoint
 OPTIONS = (
     "lr_scheduler_type lr_scheduler_kwargs warmup_steps weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm "
-    "optim optim_args seed data_seed dataloader_drop_last"
+    "optim optim_args seed data_seed dataloader_drop_last train_sampling_strategy"
 )
 # How long the run is: a run may be made longer.
 LENGTH = ("max_steps", "num_train_epochs")
@@ -101,6 +101,7 @@ def check_goes_on(checkpoint: Path, now: dict[str, Any]) -> list[str]:
     if not (checkpoint / FILE).is_file():
         return []
     then = json.loads((checkpoint / FILE).read_text(encoding="utf-8"))
+    then = {"train_sampling_strategy": "random"} | then  # which runs of earlier versions do not name
     found = differences(then, now)
     found.pop("model_name_or_path", None)  # the same model may lie elsewhere now
     if "model" in found:

@@ -341,9 +341,14 @@ class SamoeTrainer(Trainer):
     ) -> dict[str, float]:
         """Tracks the videos, shared out among the processes, and returns J, F and J&F in all and by domain, 0 to 1.
 
-        Of several datasets in a dictionary, each is evaluated by itself, with its name in those of its metrics.
+        Of several datasets in a dictionary, each is evaluated by itself, with its name in those of its metrics. One of
+        those that the trainer was given is asked for by its name, as from `Trainer`.
         """
         videos = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(videos, str):
+            if videos not in (named := parts_of(self.eval_dataset)):
+                raise InputError(f"`eval_dataset`: {videos!r} is not a name of the trainer's own ({', '.join(named)}).")
+            videos = named[videos]
         if videos is None:
             raise InputError("`eval_dataset` must be given, the videos to track.")
         if (parts := parts_of(videos)).keys() != {""}:

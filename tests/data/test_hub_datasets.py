@@ -7,6 +7,7 @@ from PIL import Image
 
 from helpers.clips import square
 from samoe_hf.data import ClipDataset, SampleError, load_videos, videos_from_dataset, voc_palette
+from samoe_hf.errors import InputError
 
 SIZE = (16, 20)
 FRAMES = np.random.default_rng(0).integers(0, 256, (2, 4, *SIZE, 3), dtype=np.uint8)
@@ -78,6 +79,16 @@ def test_splits_that_were_saved_together_are_recognized(tmp_path):
         assert_exact(load_videos(tmp_path / "saved", split=split), ["row_0", "row_1"])
     with pytest.raises(SampleError, match="saved: its split 'nope' cannot be loaded"):
         load_videos(tmp_path / "saved", split="nope")
+
+
+def test_no_split_is_read_as_another(tmp_path):
+    video_rows().save_to_disk(tmp_path / "alone")
+    assert_exact(load_videos("dataset", tmp_path / "alone"), ["row_0", "row_1"])
+    with pytest.raises(InputError, match="alone: a dataset saved alone, not known to be the split 'val'"):
+        load_videos("dataset", tmp_path / "alone", split="val")
+    dataset = datasets.Dataset.from_dict(video_rows().to_dict(), video_rows().features, split="val")
+    dataset.save_to_disk(tmp_path / "val")
+    assert_exact(load_videos("dataset", tmp_path / "val", split="val"), ["row_0", "row_1"])
 
 
 @pytest.mark.parametrize(

@@ -135,7 +135,7 @@ def test_a_program_of_it_takes_any_number_of_objects(model_with_effect):
     def inputs(count):
         return image, position, torch.randn(count, 64, 64), torch.randn(1, 64, 64), rotation
 
-    objects = {0: torch.export.Dim("objects", min=1)}
+    objects = {0: torch.export.Dim.DYNAMIC}
     varying = (None, None, objects, None, None)
     program = torch.export.export(attention, inputs(2), dynamic_shapes=varying).module()
     for count in (1, 3):

@@ -116,11 +116,12 @@ def test_it_is_used_as_transformers_trainer_or_says_why_not(model_folder, tmp_pa
     trainer = samoe_trainer(model_folder, tmp_path, FloatsAndMasks(), eval_dataset=parts)
     found = trainer.evaluate()
     for name, part in parts.items():
-        assert found[f"eval_{name}_J&F"] == trainer.evaluate(part)["eval_J&F"] > 0
+        assert found[f"eval_{name}_J&F"] == trainer.evaluate(part)["eval_J&F"] == trainer.evaluate(name)["eval_J&F"] > 0
     model, args = trainer.model, trainer.args
     for call, message in (
         (lambda: trainer.predict(VIDEOS), r"clips must have `pixel_values`; ClipDataset\(videos, processor\)"),
         (lambda: trainer.evaluate({"frames": 1}), "not dict; put one item into a list"),
+        (lambda: trainer.evaluate("three"), r"`eval_dataset`: 'three' is not a name of the trainer's own \(one, two\)"),
         (lambda: SamoeTrainer(model_init=lambda: model, args=args), "`model` must be .* not NoneType; `model_init` is"),
         (lambda: SamoeTrainer(model, args, compute_metrics=dict), "`compute_metrics` is for transformers.Trainer"),
         (lambda: SamoeTrainer(model, args, "mask"), "`recipe` must be a PromptRecipe, not str"),

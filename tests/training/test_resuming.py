@@ -92,6 +92,7 @@ def test_a_run_goes_on_only_with_what_it_was_made_from(train, model_folder, data
         (["--model_name_or_path", tmp_path / "other"], f"the model was {model_folder}, which differs from .*other"),
         (["--learning_rate", "1e-4"], "`learning_rates.experts` is 0.001, not 0.0001"),
         (["--seed", 7], "`seed` is 42, not 7"),
+        (["--train_sampling_strategy", "sequential"], "`train_sampling_strategy` is 'random', not 'sequential'"),
         (["--point_probability", 1], "`point_probability` is 0.5, not 1.0"),
         (["--stride", 2], r"`train_data\.\w+\.stride` is 1, not 2"),
         (["--recent_memory_pooling", 2], r"`config\.recent_memory_pooling` is 1, not 2"),
