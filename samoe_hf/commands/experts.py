@@ -33,7 +33,8 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     routing.add_argument("--routing-object", type=int, metavar="ID", help="object to map; the first of its video")
     help_text = "experts that a smaller share of the tokens choose are dead (%(default)s)"
     routing.add_argument("--dead-share", type=float, default=0.001, metavar="SHARE", help=help_text)
-    options.add_output_option(parser, "folder (%(default)s)", "outputs/experts")
+    output = options.add_output_option(parser, "folder (%(default)s)", "outputs/experts")
+    output.add_argument("--overwrite", action="store_true", help="replace the files of an earlier run there")
     # Compiled parts run uncompiled where routers are watched.
     options.add_tracking_options(parser, compiles=False)
     return parser.parse_args(arguments)
@@ -97,6 +98,8 @@ def run(parsed: argparse.Namespace) -> None:
 
     if not 0 <= parsed.dead_share <= 1:
         raise InputError(f"`--dead-share` must be from 0 to 1, got {parsed.dead_share}.")
+    if (parsed.output / "statistics.json").exists() and not parsed.overwrite:
+        raise InputError(f"`--output` {parsed.output} has an earlier run's files; give another, or `--overwrite`.")
     videos = options.open_dataset(parsed).videos()
     chosen = choose_videos(videos, parsed.routing_video, parsed.routing_object)
     model, processor = options.load_model(parsed, parsed.device)

@@ -35,6 +35,10 @@ def test_it_shows_two_domains_and_maps_the_first_video_of_each_in_the_chosen_lay
     assert {name for name in names if "routing" in name} == {
         f"routing_{kind}_{kind}_5_00000.{suffix}" for kind in ("shapes", "blobs") for suffix in ("png", "mp4")
     }
+    written = {file: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+    assert "has an earlier run's files; give another, or `--overwrite`" in samoe("experts", *words, fails=True)
+    assert written == {file: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+    assert "Written: " in samoe("experts", *words, "--overwrite")
     promised = re.findall(r"`([\w*]+\.(?:csv|json|png|mp4))`", (ROOT / "docs" / "experts.md").read_text())
     assert len(promised) > 5 and all(fnmatch.filter(names, pattern) for pattern in promised)
 
