@@ -28,11 +28,11 @@ test-fast: $(VENV)/.installed
 test-slow: $(VENV)/.installed-bench
 	$(PYTEST) -m slow
 
-# The model's and the training's tests with the lowest versions that pyproject.toml allows.
+# The tests with the lowest versions that pyproject.toml allows.
 test-oldest: $(OLDEST)/.installed
 	$(BIN)/uv pip list --python $(OLDEST)/bin/python | \
 	    grep -E '^(accelerate|av|bitsandbytes|datasets|gradio|huggingface|numpy|peft|pillow|torch|transformers)'
-	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 2 tests/model tests/training
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 2
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

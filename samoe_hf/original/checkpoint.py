@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Sam2VideoModel, Sam3TrackerVideoConfig
 
@@ -159,11 +161,11 @@ def _open(path: str | os.PathLike) -> tuple[Any, dict[str, Tensor], dict[str, st
         raise InputError(f"{path} is empty; expected a checkpoint of SAM 2, SAM2-MoE or SAM 3.")
     _check_is_video_model(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = _load(path, "cpu")
     except pickle.UnpicklingError as error:
         raise InputError(f"{path} is damaged, or holds more than tensors and plain data; it is not loaded.") from error
     except Exception as error:  # a damaged archive raises one of many, by where the damage is
-        raise InputError(f"{path} is truncated, damaged or no file of torch.save: {error}") from error
+        raise InputError(f"{path} is truncated, damaged or no file of torch.save or safetensors: {error}") from error
     is_dict = isinstance(content, dict)
     forms = _forms(content)
     tensors = content[forms[0]] if forms else content
@@ -176,6 +178,13 @@ def _open(path: str | os.PathLike) -> tuple[Any, dict[str, Tensor], dict[str, st
     return content, tensors, _names_without_wrappers(tensors, path)
 
 
+def _load(path: str | os.PathLike, device: str) -> Any:
+    """What a file of `torch.save` holds, or, as others pass such checkpoints on, one of safetensors."""
+    if Path(path).suffix == ".safetensors":
+        return load_file(path)  # mapped, so that what is not asked for is not read
+    return torch.load(path, map_location=device, weights_only=True)
+
+
 def _forms(content: Any) -> list[str]:
     """Where a checkpoint's content has dicts of tensors; the first is read."""
     return [form for form in (*_FORMS, *_AVERAGES) if isinstance(content, dict) and isinstance(content.get(form), dict)]
@@ -184,7 +193,7 @@ def _forms(content: Any) -> list[str]:
 def _check_is_video_model(path: str | os.PathLike) -> None:
     """Refuses what holds another model, by its name, before values are read."""
     try:
-        content = torch.load(path, map_location="meta", weights_only=True)
+        content = _load(path, "meta")
     except Exception:  # what is wrong is said where the values are read
         return
     tensors = content[_forms(content)[0]] if _forms(content) else content
@@ -417,8 +426,11 @@ def _original_tensors(
 
 def _save(content: dict[str, Any], path: Path) -> None:
     try:
-        torch.save(content, path)
-    except RuntimeError as error:
+        if path.suffix == ".safetensors":  # as the file that it is made from
+            save_file({name: tensor.contiguous() for name, tensor in content.items()}, path, {"format": "pt"})
+        else:
+            torch.save(content, path)
+    except (RuntimeError, SafetensorError) as error:
         raise OSError(
             f"{path} could not be written, the file is too large for the disk or its quota: {error}"
         ) from error

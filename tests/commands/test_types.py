@@ -133,6 +133,8 @@ def test_several_selections_are_compared_each_once(samoe, words, tmp_path):
 
 @pytest.mark.parametrize("command", ["experts", "convert", "app"])
 def test_an_image_size_that_the_model_cannot_take_is_refused(words, samoe, model_folder, tmp_path, command):
+    if command == "app":
+        pytest.importorskip("gradio", reason="needs the `app` extra")
     rest = {"convert": ["convert", model_folder, "--output", tmp_path / "out"], "app": ["app", model_folder]}
     printed = samoe(*(rest[command] if command in rest else words(command)), "--image-size", "50", fails=True)
     assert "`image_size` must be a multiple of 32, got 50" in printed

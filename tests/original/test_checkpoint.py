@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, Sam2VideoConfig, Sam2VideoModel, Sam2VideoProcessor
 
 from helpers.reference import reference_folder
@@ -69,7 +69,7 @@ def save(tmp_path):
     """Saves an object as a checkpoint of the given name and returns the path."""
 
     def save_as(content, name="checkpoint.pt") -> Path:
-        torch.save(content, tmp_path / name)
+        (save_file if name.endswith(".safetensors") else torch.save)(content, tmp_path / name)
         return tmp_path / name
 
     return save_as
@@ -140,6 +140,7 @@ def test_all_forms_of_checkpoints_are_equal(save, base, experts, full):
         (CHECKPOINT, save({"best_val_iou": np.float64(0.5), "model_state_dict": experts}, "scored.pt")),
         (save({"model": full}, "full.pt"), None),
         (save(old, "old_experts.pt"), EXPERTS),
+        (save(base, "base.safetensors"), save(experts, "experts.safetensors")),
     ]
     for checkpoint, expert_file in pairs:
         config, tensors = load_original(checkpoint, expert_file, CONFIG)
@@ -347,11 +348,13 @@ def test_tensors_that_do_not_fit_are_named(save, base, experts):
 def test_files_that_are_no_checkpoints_are_named(tmp_path, save, base):
     (tmp_path / "empty.pt").touch()
     (tmp_path / "truncated.pt").write_bytes(CHECKPOINT.read_bytes()[:100_000])
-    (tmp_path / "text.pt").write_text("no checkpoint at all")
+    for name in ("text.pt", "text.safetensors"):
+        (tmp_path / name).write_text("no checkpoint at all")
     cases = [
         (tmp_path / "empty.pt", "is empty"),
         (tmp_path / "truncated.pt", "truncated, damaged"),
         (tmp_path / "text.pt", "damaged, or holds more than tensors and plain data"),
+        (tmp_path / "text.safetensors", "damaged or no file of torch.save or safetensors"),
         (save({"weights": base}, "form.pt"), r"holds a dict with the keys \['weights'\]; expected tensors by name"),
         (save({"model": {"a": 1}}, "numbers.pt"), "expected tensors by name"),
         (EXPERTS, "holds experts only"),

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import Sam2VideoInferenceSession
 
 from helpers.domains import add_learned_domain
@@ -118,6 +118,19 @@ def test_what_wrappers_and_trainers_leave_is_read(small, save, caplog):
         for name, tensor in tensors.items():
             assert tensor.dtype == torch.float32 and torch.allclose(tensor, expected[name], rtol=1e-3), name
     assert "average of the weights, and are not read" in caplog.text
+
+
+def test_a_file_of_safetensors_stays_one(small, tmp_path):
+    theirs = {name: x for name, x in small.items() if not x.is_complex()}
+    save_file(theirs, tmp_path / "sam3.safetensors")
+    config, tensors = load_original(tmp_path / "sam3.safetensors")
+    changed = tensors | {"no_memory_embedding": tensors["no_memory_embedding"] + 1}
+    save_sam3(config, changed, tmp_path / "sam3.safetensors", tmp_path / "out")
+    written = load_file(tmp_path / "out" / "sam3.safetensors")
+    assert written.keys() == theirs.keys()
+    assert [n for n, x in written.items() if not torch.equal(x, theirs[n])] == ["tracker.no_mem_embed"]
+    found = load_original(tmp_path / "out" / "sam3.safetensors")[1]
+    assert found.keys() == changed.keys() and all(torch.equal(x, changed[name]) for name, x in found.items())
 
 
 def test_the_size_of_frames_is_known_from_rotary_positions(small, save):
