@@ -53,8 +53,11 @@ class VideoSession(Sam2VideoInferenceSession):
         domain_interval: for videos whose look changes on the way: the gate decides anew after so many frames.
         memory_selection: which memories a frame reads: "recent", "score" or "distractor" (see `memory_selection.py`),
             or None for the model's own. Those of frames that may be read however long ago they were are kept longer.
-        kwargs: as in the base class: `inference_device`, `inference_state_device`, `dtype`, and
-            `max_vision_features_cache_size`, so many frames (16 at most) are encoded at once, ahead of tracking.
+        inference_device: of the model.
+        inference_state_device: where memories, outputs and features are kept, by default where they are computed. On
+            "cpu" they take no memory of a GPU, but each frame moves those that it reads there and back.
+        kwargs: as in the base class: `max_vision_features_cache_size`, so many frames (16 at most) are encoded at once,
+            ahead of tracking.
     """
 
     def __init__(
@@ -68,6 +71,8 @@ class VideoSession(Sam2VideoInferenceSession):
         unknown: str | None = None,
         domain_interval: int | None = None,
         memory_selection: str | None = None,
+        inference_device: torch.device | str = "cpu",
+        inference_state_device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
         **kwargs: Any,
     ):
@@ -79,7 +84,8 @@ class VideoSession(Sam2VideoInferenceSession):
             if not len(frames):
                 raise InputError("`frames` is empty.")
             kwargs["video_height"], kwargs["video_width"] = read_frame(frames, 0).shape[:2]
-        super().__init__(dtype=dtype, **kwargs)
+        kept_on = inference_device if inference_state_device is None else inference_state_device
+        super().__init__(inference_device=inference_device, inference_state_device=kept_on, dtype=dtype, **kwargs)
         if frames is not None and processor is not None:
             size = kwargs["video_height"], kwargs["video_width"]
             self.processed_frames = PreparedFrames(frames, size, processor, self.inference_device, dtype)

@@ -173,6 +173,8 @@ class SimulatedUser:
             corrections_condition=True,
             domain=domain,
             inference_device=model.device,
+            # All frames of a long video may be more than a GPU holds.
+            inference_state_device=None if strategy.is_online else "cpu",
             dtype=model.dtype,
         )
         self._object_ids = video.object_ids

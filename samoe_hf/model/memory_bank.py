@@ -106,12 +106,12 @@ def read_memories(banks: Sequence[MemoryBank], frames: Sequence[int | None], nam
     Those that were in one batch are read as one. Zeros stand for what is read of no frame.
     """
     memories = [None if t is None else bank[t] for bank, t in zip(banks, frames, strict=True)]
-    known = [memory for memory in memories if memory is not None]
-    whole, indices = getattr(known[0].batch, name), [memory.index for memory in known]
-    if len(known) < len(memories) or any(memory.batch is not known[0].batch for memory in known):
+    first = next(memory for memory in memories if memory is not None)
+    whole, start = getattr(first.batch, name), first.index
+    if all(m is not None and m.batch is first.batch and m.index == start + row for row, m in enumerate(memories)):
+        whole = whole if len(whole) == len(memories) else whole[start : start + len(memories)]
+    else:  # row by row, since a list of numbers would be sent to a GPU, and waited for
         zeros = torch.zeros_like(whole[:1])
         rows = [zeros if m is None else getattr(m.batch, name)[m.index : m.index + 1] for m in memories]
         whole = torch.cat(rows)
-    elif indices != list(range(len(whole))):
-        whole = whole[indices]
     return whole.to(device, non_blocking=True)

@@ -50,7 +50,7 @@ def memory_tokens(
     num_pointer_tokens = len(pointers) * model.hidden_dim // model.mem_dim
     if pointers:
         shares = [[t / one.max_distance for (_, t), one in zip(x, selections, strict=True)] for x in pointers]
-        distances = torch.tensor(_shared([*zip(*shares, strict=True)]), device=like.device, dtype=torch.float32)
+        distances = _sent(torch.tensor(_shared([*zip(*shares, strict=True)]), dtype=torch.float32), like.device)
         positions = [*positions, pointer_positions(model, distances, num_pointer_tokens, like)]
     # Memories may be rounded to bfloat16, pointers are not; autocast to float16 cannot join them.
     with torch.autocast(like.device.type, enabled=False):
@@ -67,9 +67,9 @@ def memory_tokens(
     rotation = model.memory_attention.rotary_emb.of_memories(places, pooling, num_pointer_tokens, like.device)
     is_read = None
     if any(t is None for place in (*maps, *pointers) for t, _ in place):
-        is_read = torch.tensor([[t is not None for t, _ in place] for place in (*maps, *pointers)], device=like.device)
+        is_read = torch.tensor([[t is not None for t, _ in place] for place in (*maps, *pointers)])
         lengths = [x.shape[1] for x in features] + [model.hidden_dim // model.mem_dim] * len(pointers)
-        is_read = is_read.T.repeat_interleave(torch.tensor(lengths, device=like.device), dim=1)
+        is_read = _sent(is_read.T.repeat_interleave(torch.tensor(lengths), dim=1), like.device)
     return MemoryTokens(memory, position, rotation, is_read)
 
 
@@ -126,6 +126,12 @@ def _places(
             columns = list(zip_longest(*own, fillvalue=NOTHING))
             pooling, maps = (*pooling, *[side] * len(columns)), maps + columns
     return pooling, maps, list(zip_longest(*(one.pointers for one in selections), fillvalue=NOTHING))
+
+
+def _sent(values: Tensor, device: torch.device) -> Tensor:
+    """Values of the host on a device. A GPU is not waited for, which may have a frame's encoder to finish."""
+    values = values.pin_memory() if device.type == "cuda" else values
+    return values.to(device, non_blocking=True)
 
 
 def _shared(rows: list) -> list:
