@@ -1,8 +1,11 @@
 """The package is imported at once, and transformers knows its types nevertheless."""
 
+import multiprocessing
+import os
 import subprocess
 import sys
 from importlib import import_module
+from pkgutil import walk_packages
 
 import pytest
 import transformers
@@ -38,3 +41,23 @@ def test_where_transformers_is_loaded_the_types_are_known_at_once(monkeypatch):
     monkeypatch.delitem(modeling_auto.MODEL_MAPPING_NAMES, MODEL_TYPE, raising=False)
     register()
     assert type(AutoModel.from_pretrained(samoe_hf.small_base())) is samoe_hf.SamoeModel
+
+
+def test_every_module_is_imported_with_what_python_has_on_windows():
+    process = multiprocessing.get_context("fork").Process(target=import_as_on_windows)
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+
+
+def import_as_on_windows():
+    modules = [m.name for m in walk_packages(samoe_hf.__path__, "samoe_hf.") if m.name != "samoe_hf.__main__"]
+    for name in modules:  # with the libraries, which have their ways to tell systems apart
+        import_module(name)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "samoe_hf"]:
+        del sys.modules[name]
+    for name in ("fork", "getuid", "register_at_fork", "sched_getaffinity"):
+        delattr(os, name)
+    sys.modules |= dict.fromkeys(("fcntl", "pwd", "resource", "termios"))
+    for name in modules:
+        import_module(name)

@@ -34,7 +34,8 @@ def _leave_to_parent() -> None:
     gc.freeze()  # nor does it collect what PyAV left in cycles, which would wait for those threads
 
 
-os.register_at_fork(after_in_child=_leave_to_parent)
+if hasattr(os, "register_at_fork"):  # Windows does not fork
+    os.register_at_fork(after_in_child=_leave_to_parent)
 
 
 def _close_idle(number: int) -> None:
