@@ -156,6 +156,8 @@ def _load_whole(
     new_layers = check_weights(source, found, config, more_experts, request.ignore_mismatched_sizes, late)
     if stored is not None and renamed:
         arguments["state_dict"] = {own: stored.read(name) for own, name in renamed.items()}
+    if not all(tensor.numel() for tensor in found.values()):
+        arguments["disable_mmap"] = True  # safetensors' reader for Windows and Apple's GPUs fails for empty tensors
     domains = None if stored is None or "state_dict" in arguments else config.domains
     with building, without_load_report():
         # What does not fit are experts that give place to new ones.

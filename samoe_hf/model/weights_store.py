@@ -2,6 +2,7 @@
 here knows of models."""
 
 import os
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -60,7 +61,10 @@ class LateFile:
             self.data_bytes = size - LENGTH_BYTES - int.from_bytes(file.read(LENGTH_BYTES), "little")
         if self.data_bytes < 0:
             raise _damaged(path, f"it has {size} bytes, fewer than its header should have")
-        self._bytes = torch.from_file(self.path, shared=False, size=size, dtype=torch.uint8)
+        if sys.platform == "win32":  # where a file that is mapped cannot be removed or replaced
+            self._bytes = torch.frombuffer(bytearray(Path(path).read_bytes()), dtype=torch.uint8)
+        else:
+            self._bytes = torch.from_file(self.path, shared=False, size=size, dtype=torch.uint8)
 
     def headers(self) -> dict[str, Tensor]:
         """See [`StoredTensors`]."""

@@ -4,7 +4,9 @@ import copy
 import os
 import pickle
 import shutil
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -342,6 +344,16 @@ def test_a_model_is_saved_over_the_folder_that_it_was_loaded_from(folders, whole
     assert sorted(path.name for path in (folder / "domains").iterdir()) == ["b.safetensors", "c.safetensors"]
     assert SamoeModel.from_pretrained(folder).config.domain_names == ["b", "c"]
     assert_same_tensors(other, whole)  # somebody else's, who had loaded it before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells which files are mapped")
+@pytest.mark.parametrize("kind", ["shards", "trained"])
+def test_on_windows_no_file_stays_mapped_and_so_can_be_replaced(folders, whole, tmp_path, monkeypatch, kind):
+    shutil.copytree(folders, tmp_path / "models")
+    monkeypatch.setattr(sys, "platform", "win32")
+    model = SamoeModel.from_pretrained(tmp_path / "models" / kind)
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+    assert_same_tensors(model, whole)
 
 
 def test_experts_that_a_file_lacks_are_new_where_that_is_allowed(folders, whole, tmp_path):
