@@ -184,8 +184,8 @@ def _read_list(path: Path) -> list[str]:
         known = ", ".join(sorted(p.stem for p in path.parent.glob("*.txt"))) or "none"
         raise FileNotFoundError(f"{path}: no list for this split; there are: {known}")
     with named_errors(path, "not a list of names"):
-        lines = [Path(line.split()[0]) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        names = [line.parent.name if line.suffix else line.name for line in lines]
+        lines = [Path(line.split()[0]) for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        names = [(line.suffix and line.parent.name) or line.name for line in lines]
         if not names:
             raise SampleError("this list of videos is empty")
     return list(dict.fromkeys(names))

@@ -46,7 +46,7 @@ def test_vos_layouts_give_unannotated_frames_and_late_objects(vos, kind):
 
 def test_a_split_may_be_a_list_and_videos_may_be_chosen(vos):
     (vos / "train" / "ImageSets").mkdir()
-    (vos / "train" / "ImageSets" / "few.txt").write_text("b\n\n")
+    (vos / "train" / "ImageSets" / "few.txt").write_bytes(b"\xef\xbb\xbfb\r\n\r\n")  # as Notepad does
     assert load_videos("frames", vos / "train", split="few").video_ids == ["b"]
     assert load_videos("frames", vos / "train", video_ids=["b"]).video_ids == ["b"]
     with pytest.raises(ValueError, match=r"no videos \['c'\]; there are \['a', 'b'\]"):
@@ -56,7 +56,7 @@ def test_a_split_may_be_a_list_and_videos_may_be_chosen(vos):
 
 
 def save_davis(root, year_lists):
-    for name in ("bear", "cat"):
+    for name in ("bear.2", "cat"):
         save_frames(root / "JPEGImages" / "480p" / name, 2)
         for i in range(2):
             save_image(root / "Annotations" / "480p" / name / f"{i:05d}.png", label_map((255, 3 + i)))
@@ -73,14 +73,14 @@ def test_davis_2016_has_one_object_stored_as_255(tmp_path, line):
     videos = load_videos("davis", tmp_path, split="val")
     assert videos.video_ids == ["cat"] and videos[0].object_ids == [1]
     assert np.array_equal(videos[0].masks(1)[0], label_map((1, 4)) > 0)
-    assert load_videos("davis", tmp_path).video_ids == ["bear", "cat"]
+    assert load_videos("davis", tmp_path).video_ids == ["bear.2", "cat"]
 
 
 def test_davis_2017_has_the_palettes_ids(tmp_path):
-    save_davis(tmp_path, {"2017/val.txt": "cat", "2016/val.txt": "bear"})
+    save_davis(tmp_path, {"2017/val.txt": "cat", "2016/val.txt": "bear.2"})
     save_labels(tmp_path / "Annotations" / "480p" / "cat", {i: label_map((1, 2), (2, 10)) for i in range(2)})
     assert load_videos("davis", tmp_path, split="val")[0].object_ids == [1, 2]
-    assert load_videos("davis", tmp_path, split="val", year=2016).video_ids == ["bear"]
+    assert load_videos("davis", tmp_path, split="val", year=2016).video_ids == ["bear.2"]
 
 
 SHARED = ROOT.parent / "shared" / "data"

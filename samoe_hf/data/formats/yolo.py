@@ -29,7 +29,7 @@ def read_yolo(root: str | Path, split: str = "train") -> VideoList:
     root = Path(root)
     path = root / "data.yaml"
     with named_errors(path, "not the data.yaml of a YOLO dataset", (*DAMAGE, yaml.YAMLError)):
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
         names = data["names"]
         names = {int(i): str(name) for i, name in (names.items() if isinstance(names, dict) else enumerate(names))}
         if not data.get(split):
@@ -38,7 +38,7 @@ def read_yolo(root: str | Path, split: str = "train") -> VideoList:
         base = root / (data.get("path") or ".")
         places = [data[split]] if isinstance(data[split], str) else list(data[split])
     frames = []
-    for place in places:
+    for place in (place.replace("\\", "/") for place in places):
         own = [base / place, root / place, root / place.removeprefix("../")]  # Roboflow's are `../train/images`
         folder = next((one for one in own if one.exists()), None)
         if folder is None:
@@ -59,11 +59,11 @@ def _found(folder: Path) -> list[tuple[str, Path]]:
 
 def _listed(path: Path, base: Path) -> list[tuple[str, Path]]:
     """The images that a text file lists, each with its folder's name; CVAT puts `data/` before their paths."""
-    lines = [line.strip().removeprefix("./") for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     images = []
-    for line in lines:
-        found = labels.find_image(line, [base, path.parent], path)
-        images.append(found if found.is_file() else labels.find_image(line.removeprefix("data/"), [base], path))
+    for line in path.read_text(encoding="utf-8-sig").splitlines():
+        if name := line.strip().replace("\\", "/").removeprefix("./"):  # as Windows writes paths
+            found = labels.find_image(name, [base, path.parent], path)
+            images.append(found if found.is_file() else labels.find_image(name.removeprefix("data/"), [base], path))
     return [(image.parent.name.removeprefix("images"), image) for image in images]
 
 
@@ -83,8 +83,8 @@ def _frame(video: str, image: Path, names: dict[int, str]) -> LabelledFrame:
         return LabelledFrame(video, image, None, None, str(path))
     size = image_info(image).size
     with named_errors(path, "not YOLO's labels"):
-        lines = [line.split() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        ids = ids_path.read_text(encoding="utf-8").split() if ids_path.is_file() and ids_path != path else []
+        lines = [line.split() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        ids = ids_path.read_text(encoding="utf-8-sig").split() if ids_path.is_file() and ids_path != path else []
         if ids and len(ids) != len(lines):
             raise SampleError(f"{len(lines)} polygons, but {len(ids)} ids in {ids_path}")
         objects = []

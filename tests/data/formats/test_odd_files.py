@@ -198,7 +198,7 @@ YOLO = {
     "other sizes": (yolo([LINE, LINE]) | {"images/v/1.png": picture((60, 44))}, {"v/0": [{1: 48}], "v/1": [{1: 96}]}),
     "path of another machine": (yolo([f"{LINE} 3"], path="/not/there"), {"v": [{3: 48}]}),
     "names by number": (yolo([f"{LINE} 3"], names={"0": "cat"}), {"v": [{3: 48}]}),
-    "list of CVAT": (yolo([f"{LINE} 3"], {"l.txt": "data/images/v/0.png\n"}, train="l.txt"), {"v": [{3: 48}]}),
+    "list of CVAT": (yolo([f"{LINE} 3"], {"l.txt": "data\\images/v/0.png\n"}, train=".\\l.txt"), {"v": [{3: 48}]}),
     "box": (yolo(["0 0.5 0.5 0.1 0.1"]), "line 1 is a box"),
     "box with an id": (yolo(["0 0.5 0.5 0.1 0.1 3"]), "line 1 is a box"),
     "confidence": (yolo([f"{LINE} 0.87"]), "not YOLO's labels.*0.87"),
