@@ -157,7 +157,8 @@ def safe_name(name: str) -> str:
 
 def hide_paths(text: str, folder: Path) -> str:
     """A message without the server's paths: of a file below the folder, its name is left."""
-    return re.sub(rf"{re.escape(str(folder))}[^\s'\":]*?([^/\s'\":]*)(?=$|[\s'\":)])", r"\1", text)
+    place = re.escape(folder.as_posix()).replace("/", r"[/\\]+")  # on Windows, where quotes have each `\` twice
+    return re.sub(rf"{place}[^\s'\":]*?([^/\\\s'\":]*)(?=$|[\s'\":)])", r"\1", text)
 
 
 def open_upload(paths: Sequence[Path], folder: Path, limits: Limits) -> OpenedVideo:

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import numpy as np
@@ -131,8 +131,10 @@ def on_disk(path: Path) -> Path:
 
 def check_inside(name: str, source: str | Path) -> None:
     """Raises `SampleError` for a name, held by `source`, that leads out of the folder that it is joined to."""
-    parts = Path(name).parts if isinstance(name, str) else ()
-    if not parts or Path(name).is_absolute() or ".." in parts or "\0" in name:
+    path = Path(name if isinstance(name, str) else "")
+    # Windows writes what is behind a colon to a hidden stream of a file, and drops dots and spaces at the end.
+    is_other = isinstance(path, PureWindowsPath) and any(":" in part or part[-1] in ". " for part in path.parts)
+    if not path.parts or path.anchor or ".." in path.parts or "\0" in name or is_other:
         raise SampleError(f"{source}: {name!r} is no path within a folder")
 
 

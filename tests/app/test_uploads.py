@@ -5,6 +5,7 @@ import tracemalloc
 import zipfile
 from dataclasses import replace
 from io import BytesIO
+from pathlib import PureWindowsPath
 
 import numpy as np
 import pytest
@@ -165,6 +166,12 @@ def test_files_of_one_upload_count_together(tmp_path, folder):
 
 
 NAMES = {"../../etc/passwd": "passwd", "C:\\a\\b c.mp4": "b_c", "...": "video", "ä ö": "video", "a" * 99: "a" * 60}
+
+
+def test_paths_of_windows_are_hidden_too():
+    errors = FileNotFoundError(2, "no", "C:\\data dir\\people\\a\\0.png"), OSError("C:\\data dir\\people\\0.png: no")
+    shown = [hide_paths(str(error), PureWindowsPath("C:\\data dir\\people")) for error in errors]
+    assert shown == ["[Errno 2] no: '0.png'", "0.png: no"]
 
 
 def test_names_are_made_safe():

@@ -1,12 +1,14 @@
 """Predicted masks lie where the servers of benchmarks look for them, and are read as they were written."""
 
+from pathlib import PureWindowsPath
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from samoe_hf.data import SampleError, Video, voc_palette
 from samoe_hf.data.annotations import MaskArrays
-from samoe_hf.data.frames import ArrayFrames
+from samoe_hf.data.frames import ArrayFrames, check_inside
 from samoe_hf.data.layouts import layout_of
 from samoe_hf.data.predictions import MaskFiles
 
@@ -79,6 +81,14 @@ def test_predictions_stay_in_their_folder(tmp_path, video_id, frame):
     with pytest.raises(SampleError, match="no path within a folder"):
         MaskFiles(tmp_path / "masks").write(video, 0, video.masks(0))
     assert list(tmp_path.rglob("*")) == []
+
+
+@pytest.mark.parametrize("name", ["/up", "\\up", "C:up", "C:\\up", "a/..\\..\\up", "a/12:30", "a./b", "b "])
+def test_names_stay_in_their_folder_on_windows_and_are_those_of_files(monkeypatch, name):
+    monkeypatch.setattr("samoe_hf.data.frames.Path", PureWindowsPath)
+    check_inside("./a b/c.d", "here")
+    with pytest.raises(SampleError, match="no path within a folder"):
+        check_inside(name, "here")
 
 
 @pytest.mark.parametrize("layout", ["davis", "youtube_vos", "sa_v"])
