@@ -266,7 +266,11 @@ class DomainGate(KeepsTypes):
             raise InputError(f"features must be (rows, {self.num_features}), not {tuple(features.shape)}")
         if not features.isfinite().all():
             raise InputError("features have values that are not finite")
-        return features.detach().to(self.means.device, torch.float64)
+        return features.detach().to(self.means.device).double()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "DomainGate":
+        """Stays on the CPU in place of Apple's GPUs, which have no float64."""
+        return self if fn(self.means.new_empty(0)).device.type == "mps" else super()._apply(fn, recurse)
 
 
 def hashed_name(domain: str) -> int:

@@ -37,7 +37,7 @@ def wake_experts(model: nn.Module) -> None:
         if isinstance(weight, DTensor):
             raise InputError("New experts sleep, and the weights are sharded; call `model.wake_experts()` before that.")
         seed = _common_seed() if seed is None else seed
-        others = torch.cat([weight[~asleep], bias[~asleep, None]], dim=1).double().cpu()
+        others = torch.cat([weight[~asleep], bias[~asleep, None]], dim=1).cpu().double()  # no float64 on Apple's GPUs
         awake = sorted(set(asleep.nonzero()[:, 0].tolist()) - set(frozen_experts(module)))
         for expert in awake:
             generator = torch.Generator().manual_seed((seed + 1000003 * layer + expert) % 2**63)

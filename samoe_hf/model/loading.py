@@ -178,6 +178,8 @@ def _load_whole(
         layer.reset_experts()
     if (gate := model.domain_gate) is not None:  # with another `dtype`, transformers makes its integers float32 too
         gate.names, gate.counts = gate.names.long(), gate.counts.long()
+        if gate.means.device.type == "mps":  # by `device_map`
+            gate.cpu()
     check_values(source, model)
     train_experts(model)
     if domains and stored is not None:

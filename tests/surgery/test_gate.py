@@ -202,6 +202,12 @@ def test_how_videos_vary_is_of_the_pictures_features_and_of_each_look():
     assert not torch.equal(video_spread(192, without=["night"]), spread)
 
 
+def test_it_stays_on_the_cpu_beside_apples_gpus_which_have_no_float64():
+    known = gate(domain(0))
+    known._apply(lambda x: SimpleNamespace(device=torch.device("mps")))  # as `model.to("mps")` does where there is one
+    assert known.decide(held_out(0)).confidence.device.type == "cpu"
+
+
 @pytest.mark.parametrize(("num_videos", "num_frames", "value"), [(1, 1, 0.0), (4, 5, 3.0)])
 def test_constant_features_are_recognized_and_nothing_else(num_videos, num_frames, value):
     frames = torch.full((num_videos * num_frames, FEATURES), value)
