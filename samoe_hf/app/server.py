@@ -91,7 +91,8 @@ def until_stopped(page: AbstractContextManager[App]) -> None:
         signal.signal(name, lambda *_: done.set())
     with page as app:
         print(f"The page is served at {app.url} until Ctrl+C", file=sys.stderr, flush=True)
-        done.wait()
+        while not done.wait(1):  # without a limit, Windows would not see Ctrl+C
+            pass
 
 
 def _check_address(host: str, port: int | None) -> None:
