@@ -128,7 +128,7 @@ _READERS = (int, _if_any(float), int, *[float] * 3, int, *[_if_any(int)] * 4, *[
 
 def read_tracks(path: str | Path) -> list[TrackRow]:
     """Reads what [`write_tracks`] wrote; an `InputError` names the file and the line of what is something else."""
-    with Path(path).open(newline="", encoding="utf-8") as file:
+    with Path(path).open(newline="", encoding="utf-8-sig") as file:  # with a mark of it, once Excel saved it
         reader = csv.reader(file)
         if tuple(next(reader, ())) != TrackRow._fields:
             raise InputError(f"{path} must be a tracks.csv with the columns {','.join(TrackRow._fields)}.")

@@ -45,7 +45,10 @@ def test_a_file_gives_back_the_rows_in_the_order_of_frames(tmp_path):
     later, earlier = (track_rows(t, [2, 1], SCORES, masks, time, [1]) for t, time in ((11, 0.5), (2, None)))
     write_tracks(tmp_path / "tracks.csv", later + earlier)
     assert read_tracks(tmp_path / "tracks.csv") == earlier[::-1] + later[::-1]
-    lines = (tmp_path / "tracks.csv").read_text().splitlines()
+    text = (tmp_path / "tracks.csv").read_text()
+    (tmp_path / "tracks.csv").write_text(text, encoding="utf-8-sig")  # as Excel does
+    assert read_tracks(tmp_path / "tracks.csv") == earlier[::-1] + later[::-1]
+    lines = text.splitlines()
     assert lines[0] == "frame,time,object,score,iou,stability,area,x0,y0,x1,y1,cx,cy,prompted"
     assert lines[1] == "2,,1,0.25,0.1,0.5,0,,,,,,,1" and len(lines) == 5
 

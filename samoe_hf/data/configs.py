@@ -33,7 +33,7 @@ def names_config(text: str) -> bool:
 
 
 def expand_home(value: Value) -> Value:
-    """Words, or what a YAML holds, with the home folder for `~/`, also behind `=`, where a shell leaves it."""
+    """Words, or what a YAML holds, with the home folder for `~/` or `~\\`, also behind `=`, where a shell leaves it."""
     found: Any = value
     if isinstance(found, list):
         found = [expand_home(one) for one in found]
@@ -41,5 +41,5 @@ def expand_home(value: Value) -> Value:
         found = {key: expand_home(one) for key, one in found.items()}
     elif isinstance(found, str):
         home = os.path.expanduser("~")
-        found = re.sub("(?<![^=])~(?=/)", lambda _: home, found)
+        found = re.sub(r"(?<![^=])~(?=[/\\])", lambda _: home, found)
     return found

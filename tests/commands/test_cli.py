@@ -83,8 +83,10 @@ def test_the_home_folder_is_found_where_no_shell_does(monkeypatch, tmp_path):
     known = SimpleNamespace(parse_arguments=lambda words: given.append(words) or words, run=lambda _: None)
     monkeypatch.setattr(cli, "import_module", lambda _: known)
     monkeypatch.setenv("HOME", str(tmp_path))
-    main(["track", "~/a b", "--output=~/c", "--mask", "2=~/m.png@1", "x~/y", "~"])
-    assert given == [[f"{tmp_path}/a b", f"--output={tmp_path}/c", "--mask", f"2={tmp_path}/m.png@1", "x~/y", "~"]]
+    main(["track", "~/a b", "--output=~/c", "--mask", "2=~/m.png@1", "x~/y", "~", r"~\d"])
+    assert given == [
+        [f"{tmp_path}/a b", f"--output={tmp_path}/c", "--mask", f"2={tmp_path}/m.png@1", "x~/y", "~", rf"{tmp_path}\d"]
+    ]
     (tmp_path / "run.yaml").write_text("{train_data: [~/a, {root: ~/b}], output_dir: ~/c, note: a ~/b}")
     (a, b) = (run := read_yaml(tmp_path / "run.yaml"))["train_data"]
     assert a == f"{tmp_path}/a" and b == {"root": f"{tmp_path}/b"}
