@@ -114,4 +114,5 @@ def read_memories(banks: Sequence[MemoryBank], frames: Sequence[int | None], nam
         zeros = torch.zeros_like(whole[:1])
         rows = [zeros if m is None else getattr(m.batch, name)[m.index : m.index + 1] for m in memories]
         whole = torch.cat(rows)
-    return whole.to(device, non_blocking=True)
+    # Apple's GPUs would read it after it is freed (PyTorch's issue 189690).
+    return whole.to(device, non_blocking=device.type != "mps")

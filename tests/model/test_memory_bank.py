@@ -43,3 +43,10 @@ def test_objects_of_one_batch_are_read_as_the_batch():
         own.write(0, batch.row(row), conditioning=True)
     assert read_memories(banks, [0, 0, 0], "pointers", CPU) is batch.pointers
     assert read_memories([banks[2], banks[0]], [0, 0], "pointers", CPU).tolist() == batch.pointers[[2, 0]].tolist()
+
+
+def test_what_is_read_is_copied_to_apples_gpus_before_it_is_freed(monkeypatch):
+    given = []
+    monkeypatch.setattr(torch.Tensor, "to", lambda memory, device, **options: given.append(options))
+    read_memories([bank(0, 1)], [1], "pointers", torch.device("mps"))
+    assert given == [{"non_blocking": False}]
