@@ -171,7 +171,7 @@ def read_folders(root: Path) -> list[Folder]:
     for path, names, files in os.walk(root, followlinks=True):
         names[:] = sorted((n for n in names if not n.startswith((".", "__"))), key=natural_key)
         real = os.path.realpath(path)
-        names[:] = [n for n in names if not f"{real}/".startswith(f"{os.path.realpath(os.path.join(path, n))}/")]
+        names[:] = [n for n in names if not Path(real).is_relative_to(os.path.realpath(os.path.join(path, n)))]
         paths = [Path(path, name) for name in sorted(files, key=natural_key) if not name.startswith(".")]
         images, videos = ([p for p in paths if p.suffix.lower() in kind] for kind in (IMAGE_SUFFIXES, VIDEO_SUFFIXES))
         if unread := describe_unread(paths):

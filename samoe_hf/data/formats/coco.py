@@ -142,6 +142,8 @@ def read_ytvis(
             place / name for place in (path.parent, *[root / s for s in (split or "", path.stem)], root)
             for name in ("JPEGImages", "images", "")
         ]  # fmt: skip
+        for video in data["videos"]:
+            video["file_names"] = [name.replace("\\", "/") for name in video["file_names"]]  # as Windows writes paths
         first = next((name for video in data["videos"] for name in video["file_names"]), "")
         folder = next((place for place in places if on_disk(place / first).is_file()), places[0])
         frames, video_ids = [], []

@@ -69,7 +69,7 @@ def _image(task: dict[str, Any], root: Path, files: Mapping[tuple[str, ...], lis
     name = next((path for path in paths if PurePosixPath(path).suffix.lower() in IMAGE_SUFFIXES), None)
     if name is None:
         raise SampleError(f"task {task.get('id')} has {texts}, no image; videos have boxes there, no masks")
-    parts = PurePosixPath(one_form(name)).parts
+    parts = PurePosixPath(one_form(name.replace("\\", "/"))).parts  # as a server on Windows writes paths
     without_hash = (*parts[:-1], re.sub(r"^[0-9a-f]{8}-(?=.)", "", parts[-1]))
     for own in (files.get(one[start:], ()) for one in (parts, without_hash) for start in range(len(parts))):
         if len(own) == 1:

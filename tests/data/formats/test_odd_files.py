@@ -158,7 +158,7 @@ YTVIS = {
     "empty frames": (ytvis([({}, [None, None])]), {"v": [{1: 0}, {1: 0}]}),
     "id above 255": (ytvis([({"id": 300}, [None, POLYGON])]), {"v": [{300: 0}, {300: 48}]}),
     "track_id 0": (ytvis([({"track_id": 0}, [None, POLYGON])]), {"v": [{1: 0}, {1: 48}]}),
-    "frame not listed": (ytvis([({}, [POLYGON])], {"file_names": ["v/0.png"]}), {"v": [{1: 48}, None]}),
+    "frame not listed": (ytvis([({}, [POLYGON])], {"file_names": ["v\\0.png"]}), {"v": [{1: 48}, None]}),
     "named videos": (ytvis([({}, [POLYGON, None])], {"name": "a"}), {"a": [{1: 48}, {1: 0}]}),
     "a crowd": (ytvis([({}, [POLYGON, None]), ({"iscrowd": 1}, [RLE, RLE])]), {"v": [{1: 48}, {1: 0}]}),
     "other size": (ytvis([({}, [POLYGON, None])], {"height": 20}), "labelled as 20 x 44 pixels"),
@@ -404,7 +404,7 @@ STUDIO = {
         {"": [{1: 154}]},
     ),
     "file by its path": (
-        studio(tasks=[{"id": 1, "data": {"image": "/data/local-files/?d=a/0.png"}, "annotations": [{"result":
+        studio(tasks=[{"id": 1, "data": {"image": "/data/local-files/?d=a%5C0.png"}, "annotations": [{"result":
             [brush()]}]}])
         | {"a/0.png": picture(), "b/0.png": picture()},
         {"a": [{1: 154}]},
