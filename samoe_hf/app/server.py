@@ -50,7 +50,7 @@ def serving(
     learner = None if data is None or store is None else Learner(data.resolve(), store)
     host = host or os.environ.get("GRADIO_SERVER_NAME") or "127.0.0.1"
     _check_address(host.strip("[]"), port)
-    parent = os.environ.get("GRADIO_TEMP_DIR") or tempfile.gettempdir()
+    parent = os.path.realpath(os.environ.get("GRADIO_TEMP_DIR") or tempfile.gettempdir())  # a link on macOS
     Path(parent).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="samoe-app-", dir=parent) as name, _environment(Path(name), host):
         people = People(Path(name, "people"), limits)
