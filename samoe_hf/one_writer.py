@@ -17,6 +17,7 @@ import psutil
 from filelock import FileLock, Timeout
 
 from samoe_hf.errors import InputError, input_errors
+from samoe_hf.model.weights_io import can_lock
 from samoe_hf.whole_files import clear_unfinished, write_text
 
 # Data loader workers of a process that was killed hold its lock until they notice.
@@ -26,7 +27,7 @@ TOKENS = re.compile(r"(--hub[_-]t\w*[= ]+|token['\"]?[=: ]+)(?:'[^']*'|[^\s,}'\"
 
 
 class OneWriter:
-    """A context in which this process alone writes a file or folder. The process itself may enter it repeatedly.
+    """A context in which this process alone writes a file or folder, where files can be locked; it may enter repeatedly.
 
     What processes left that were killed while they wrote is removed, and told. Of several processes that `accelerate
     launch` or `torchrun` started, the first one stands for all. Where another process writes it, entering is an
@@ -65,7 +66,7 @@ class OneWriter:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._depth -= 1
-        if self._depth == 0 and self._lock.is_locked:
+        if self._depth == 0 and is_first_process():
             with suppress(OSError):  # Windows removes no open file
                 self._about.unlink()
                 self._file.unlink()
@@ -77,7 +78,8 @@ class OneWriter:
         start = time.monotonic()
         while True:
             self._file.parent.mkdir(parents=True, exist_ok=True)
-            self._file.touch()
+            if not can_lock(self._file):
+                break
             number = self._file.stat().st_ino
             try:
                 self._lock.acquire(timeout=0)

@@ -1,5 +1,6 @@
 """One process writes an output; the others are told which, and what killed ones left is cleared."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -8,10 +9,12 @@ import socket
 import subprocess
 import sys
 import time
+from unittest.mock import Mock
 
 import pytest
 
 from samoe_hf.errors import InputError
+from samoe_hf.model.weights_io import updated_folder
 from samoe_hf.one_writer import OneWriter
 from samoe_hf.whole_files import clear_unfinished, write_text
 
@@ -104,6 +107,14 @@ def test_a_lock_that_workers_of_a_killed_process_hold_is_waited_for(tmp_path):
     with OneWriter(tmp_path):
         assert time.monotonic() - start > 0.3
     process.wait()
+
+
+@pytest.mark.parametrize("problem", [errno.ENOSYS, errno.ENOLCK])
+def test_where_files_cannot_be_locked_they_are_written_all_the_same(tmp_path, monkeypatch, problem):
+    monkeypatch.setattr("fcntl.flock", Mock(side_effect=OSError(problem, "as some file systems of clusters say")))
+    with OneWriter(tmp_path / "out"), updated_folder(tmp_path / "out") as folder:
+        write_text(folder / "a.txt", "a")
+    assert os.listdir(tmp_path / "out") == ["a.txt"]
 
 
 def test_what_killed_processes_left_is_cleared_with_a_sentence(tmp_path, capsys):

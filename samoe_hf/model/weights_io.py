@@ -8,7 +8,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -108,12 +108,23 @@ def _locked(folder: str | os.PathLike) -> Iterator[None]:
             os.close(number)
 
 
+def can_lock(path: str | os.PathLike) -> bool:
+    """Whether a file, which is made if need be, can be locked: some file systems, as of clusters, know no locks."""
+    with open(path, "a+") as file:
+        try:
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError as error:
+            return isinstance(error, BlockingIOError)  # another process has locked it
+    return True
+
+
 def _finish(target: Path) -> None:
     saved = target / _SAVED
     if not saved.is_dir():
         return
     # Where the folder is not locked, another process may move them as well, and have finished when this one goes on.
-    with suppress(FileNotFoundError), WeakFileLock(saved / _LOCK):
+    with suppress(FileNotFoundError), WeakFileLock(saved / _LOCK) if can_lock(saved / _LOCK) else nullcontext():
         names = json.loads((saved / _FILES).read_text(encoding="utf-8"))
         if (saved / CONFIG_NAME).exists():
             (target / CONFIG_NAME).unlink(missing_ok=True)
