@@ -27,7 +27,7 @@ TOKENS = re.compile(r"(--hub[_-]t\w*[= ]+|token['\"]?[=: ]+)(?:'[^']*'|[^\s,}'\"
 
 
 class OneWriter:
-    """A context in which this process alone writes a file or folder, where files can be locked; it may enter repeatedly.
+    """A context in which this process alone writes a file or folder, where files can be locked. It may enter again.
 
     What processes left that were killed while they wrote is removed, and told. Of several processes that `accelerate
     launch` or `torchrun` started, the first one stands for all. Where another process writes it, entering is an

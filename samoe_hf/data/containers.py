@@ -17,6 +17,7 @@ from av.error import FFmpegError
 from .container_index import MAX_FRAMES, NO_TIME, checksum, index_by_decoding, index_container, keep_index
 from .decoder import Decoder
 from .frames import FrameSequence, SampleError, named_errors, say_once
+from .image_files import file_version
 
 RATE_TOLERANCE = 0.02  # of time stamps that are rounded
 MAX_IDLE = 4  # decoders that are kept open while nobody reads from them
@@ -60,7 +61,7 @@ class ContainerFrames(FrameSequence):
 
     def __init__(self, path: str | Path, max_frames: int = MAX_FRAMES):
         self.path, self._max_frames = Path(path), max_frames
-        self._identity = self._identify()
+        self._identity = file_version(self.path)
         self._index = index_container(self.path, *self._identity, max_frames)
         self.size, self.fps = self._index.size, self._index.fps
         self.names = [f"{i:05d}" for i in range(len(self._index.times))]
@@ -86,15 +87,10 @@ class ContainerFrames(FrameSequence):
         self._number = next(_numbers)
         finalize(self, _close_idle, self._number)
 
-    def _identify(self) -> tuple[int, int]:
-        """What tells whether the file has changed: its time of modification, and its size."""
-        status = self.path.stat()
-        return status.st_mtime_ns, status.st_size
-
     def _open(self) -> Decoder:
         while len(_idle) >= _max_idle:  # those that were used longest ago are closed
             _idle.popitem(last=False)[1].close()
-        if self._identify() != self._identity:
+        if file_version(self.path) != self._identity:
             raise SampleError(f"{self.path} has changed since it was opened")
         return Decoder(self.path, by_frames=not len(self._index.checksums))
 

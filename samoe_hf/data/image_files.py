@@ -128,7 +128,7 @@ def image_info(source: Source, name: str | None = None) -> ImageInfo:
         return image_info(source.path, name)._replace(pages=(source.number,))
     if isinstance(source, bytes):
         return _read_info(source, name)
-    return _info_of_file(Path(source), *_version(source))
+    return _info_of_file(Path(source), *file_version(source))
 
 
 @lru_cache(maxsize=4096)
@@ -136,7 +136,8 @@ def _info_of_file(path: Path, modified_ns: int, num_bytes: int) -> ImageInfo:
     return _read_info(path, str(path))
 
 
-def _version(path: str | Path) -> tuple[int, int]:
+def file_version(path: str | Path) -> tuple[int, int]:
+    """What tells whether a file has changed: its time of modification, and its size."""
     status = os.stat(path)
     return status.st_mtime_ns, status.st_size
 
@@ -148,7 +149,7 @@ def _read_info(source: Path | bytes, name: str) -> ImageInfo:
 
 def page_times(path: Path) -> tuple[float, ...]:
     """Seconds from an animation's first page to each of its pages; none where the file does not tell them."""
-    return _times_of_file(path, *_version(path))
+    return _times_of_file(path, *file_version(path))
 
 
 @lru_cache(maxsize=4096)
@@ -225,7 +226,7 @@ def open_page(source: Source, name: str | None = None) -> Iterator[Picture]:
             yield _picture(source)
     elif isinstance(source, Page):
         with _image_errors(name):
-            stack = _open_stack(source.path, *_version(source.path), os.getpid(), threading.get_ident())
+            stack = _open_stack(source.path, *file_version(source.path), os.getpid(), threading.get_ident())
             yield stack.read(source.number)
     else:
         with open_image(source, name) as image:

@@ -67,7 +67,6 @@ class ImageFrames(FrameSequence):
         self.sources: list[Source] = [Path(source) if isinstance(source, str) else source for source in sources]
         self.paths = [source for source in self.sources if isinstance(source, Path)]
         self.window, self.owner = window, owner
-        numbers = [f"{i:05d}" for i in range(len(sources))]
         if names is None and len(self.paths) == len(sources):
             names = [path.stem for path in self.paths]
             name, count = Counter(map(one_form, names)).most_common(1)[0]
@@ -75,9 +74,8 @@ class ImageFrames(FrameSequence):
                 raise SampleError(f"{self.paths[0].parent}: {count} frames are called {name}")
             info = image_info(self.sources[0])
             if len(info.pages) > 1 and len(sources) == 1:
-                self.sources = [Page(self.paths[0], page) for page in info.pages]
-                names = [f"{i:05d}" for i in range(len(info.pages))]
-        self.names = numbers if names is None else list(names)
+                self.sources, names = [Page(self.paths[0], page) for page in info.pages], None
+        self.names = [f"{i:05d}" for i in range(len(self.sources))] if names is None else list(names)
         self.size = image_info(self.sources[0], self._name(0)).size
 
     def _name(self, index: int) -> str:

@@ -87,9 +87,7 @@ class EvaluationRun(RunFolder):
         if self.predictions is not None:
             of_domain = self.predictions / video.domain
             return MaskFiles(of_domain if of_domain.is_dir() else self.predictions, self.layout)
-        folder = self.inside(self._seed_folder(seed) / "masks", video.domain)
-        self.inside(folder, video.video_id)
-        return MaskFiles(folder, self.layout)
+        return MaskFiles(self.inside(self._seed_folder(seed) / "masks", video.domain), self.layout)
 
     def _seed_folder(self, seed: int | None) -> Path:
         return self.folder if seed is None else self.folder / f"seed_{seed}"

@@ -1,12 +1,12 @@
 """A folder that is filled step by step, by a run that can be stopped and go on."""
 
 import json
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from samoe_hf.data.frames import check_inside
 from samoe_hf.errors import InputError
 from samoe_hf.one_writer import OneWriter
 from samoe_hf.whole_files import write_text
@@ -66,10 +66,8 @@ class RunFolder(ABC):
     @staticmethod
     def inside(folder: Path, name: str) -> Path:
         """A path within a folder; refuses a name, made of a video's domain and id, that leads out of it."""
-        path = Path(os.path.normpath(folder / name))
-        if not path.is_relative_to(folder) or path == folder:
-            raise InputError(f"the domain and id of a video must name a file within a folder, got {name!r}")
-        return path
+        check_inside(name, "the domain and id of a video")
+        return folder / name
 
 
 def differences(earlier: Any, now: Any, name: str = "") -> dict[str, str]:

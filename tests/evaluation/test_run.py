@@ -79,9 +79,9 @@ def test_another_evaluation_in_the_same_folder_is_refused_by_what_differs(tmp_pa
 def test_videos_cannot_lead_out_of_the_folder(tmp_path, video_id, domain):
     run = EvaluationRun(tmp_path, {})
     video = Video(video_id, random_video().frames, random_video().annotations, domain)
-    with pytest.raises(ValueError, match="must name a file within a folder"):
+    with pytest.raises(ValueError, match="no path within a folder"):
         run.scores_path(video, None)
-        run.masks(video, None)
+        run.masks(video, None).files(video_id)
 
 
 def test_seeds_are_those_of_the_original():

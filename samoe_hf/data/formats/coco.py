@@ -142,13 +142,11 @@ def read_ytvis(
             place / name for place in (path.parent, *[root / s for s in (split or "", path.stem)], root)
             for name in ("JPEGImages", "images", "")
         ]  # fmt: skip
-        for video in data["videos"]:
-            video["file_names"] = [name.replace("\\", "/") for name in video["file_names"]]  # as Windows writes paths
-        first = next((name for video in data["videos"] for name in video["file_names"]), "")
+        first = next((name.replace("\\", "/") for video in data["videos"] for name in video["file_names"]), "")
         folder = next((place for place in places if on_disk(place / first).is_file()), places[0])
         frames, video_ids = [], []
         for video in data["videos"]:
-            names, own = video["file_names"], of_video[video["id"]]
+            names, own = [name.replace("\\", "/") for name in video["file_names"]], of_video[video["id"]]
             folders = {Path(name).parent.as_posix() for name in names}
             by_folder = folders.pop() if len(folders) == 1 and "." not in folders else video["id"]
             video_ids.append(str(video.get("name") or by_folder))
