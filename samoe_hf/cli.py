@@ -73,7 +73,10 @@ def run_command(name: str, arguments: Sequence[str]) -> None:
         words = str(error).rpartition(f"{type(error).__module__}.{type(error).__qualname__}: ")[2].split()
         sys.exit(f"error: {subject}{' '.join(words)}{advice}")
     finally:
-        _leave_other_processes()
+        # Threads of `torchrun`'s group of processes may abort one that ends without leaving it.
+        distributed = sys.modules.get("torch.distributed")
+        if distributed is not None and distributed.is_available() and distributed.is_initialized():
+            distributed.destroy_process_group()
 
 
 def quiet_libraries() -> None:
@@ -91,13 +94,6 @@ def _say_stopped(kind: type[BaseException], error: BaseException, trace: Traceba
         print("stopped", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
-
-
-def _leave_other_processes() -> None:
-    """Ends the group of `torchrun`'s processes, whose threads may abort a process that ends without."""
-    distributed = sys.modules.get("torch.distributed")
-    if distributed is not None and distributed.is_available() and distributed.is_initialized():
-        distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -85,7 +85,8 @@ class OneWriter:
                 self._lock.acquire(timeout=0)
             except Timeout:
                 writer = self._writer()
-                if _is_alive(writer) or time.monotonic() > start + WAIT_FOR_WORKERS:
+                is_alive = writer.get("host") != socket.gethostname() or psutil.pid_exists(writer["pid"])
+                if is_alive or time.monotonic() > start + WAIT_FOR_WORKERS:
                     raise InputError(
                         f"{self.target} is being written by another process: {_describe(writer)}. Wait until it ends, "
                         f"or choose another {self.option}."
@@ -112,10 +113,6 @@ class OneWriter:
 def is_first_process() -> bool:
     """Whether this is the first of the processes that `accelerate launch` or `torchrun` started, or the only one."""
     return os.environ.get("RANK", "0") == "0"
-
-
-def _is_alive(writer: dict[str, Any]) -> bool:
-    return writer.get("host") != socket.gethostname() or psutil.pid_exists(writer["pid"])
 
 
 def _describe(writer: dict[str, Any]) -> str:

@@ -174,15 +174,11 @@ class People:
         for person in gone:
             person.free()
         if gone:
-            give_back_ram()
+            gc.collect()
+            # Linux' C library keeps freed RAM for each of the server's threads.
+            if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
+                trim(0)
         return len(gone)
-
-
-def give_back_ram() -> None:
-    """Gives freed RAM back to the machine, which Linux' C library keeps for each of the server's threads."""
-    gc.collect()
-    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
-        trim(0)
 
 
 @contextmanager

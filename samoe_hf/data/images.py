@@ -243,7 +243,8 @@ def _stored_values(picture: Picture, name: str) -> np.ndarray:
         values = 255 - values if picture.white_is_zero else values
         return values if maximum == 255 else np.rint(values * (maximum / 255)).astype(np.uint8)
     if image.mode in ("LA", "PA", "RGBA"):
-        is_hidden = _is_hidden(values[..., -1:])
+        alpha = values[..., -1:]
+        is_hidden = (alpha == 0) & alpha.any()  # where all were, values are stored without regard to that
         if is_hidden.any() and not is_hidden.all() and not values[..., :-1][~is_hidden[..., 0]].any():
             raise SampleError(f"{name}: black on transparent pixels; labels must be numbers or colours above 0")
         values = np.where(is_hidden, 0, values[..., :-1])
@@ -254,11 +255,6 @@ def _stored_values(picture: Picture, name: str) -> np.ndarray:
     if image.mode[0] != "I":
         raise SampleError(f"{name}: {image.mode} image; labels must be a palette, gray or 16-bit image")
     return np.rint(values * (maximum / 65535)).astype(np.int64) if picture.image.format == "PPM" else values
-
-
-def _is_hidden(alpha: np.ndarray) -> np.ndarray:
-    """Which pixels are transparent; none where all are, since values were then stored without regard to that."""
-    return (alpha == 0) & alpha.any()
 
 
 def _keeps_values(image: Image.Image, source: Source) -> bool:

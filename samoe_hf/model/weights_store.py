@@ -32,7 +32,9 @@ class StoredTensors:
             try:
                 mapped = safe_open(path, framework="pt")
                 slices = {name: mapped.get_slice(name) for name in mapped.keys()}  # noqa: SIM118
-                self.headers |= {name: _header(tuple(x.get_shape()), x.get_dtype()) for name, x in slices.items()}
+                for name, stored in slices.items():
+                    dtype = FLOAT_TYPES.get(stored.get_dtype(), torch.int64)
+                    self.headers[name] = torch.empty(stored.get_shape(), dtype=dtype, device="meta")
             except (SafetensorError, RuntimeError) as error:
                 raise _damaged(path, error) from error
             self._files |= dict.fromkeys(slices, (path, mapped))
@@ -122,10 +124,6 @@ class ReadFile(LateFile):
 
     def _taken(self, name: str) -> Tensor:
         return self._tensors[name]
-
-
-def _header(shape: tuple[int, ...], dtype: str) -> Tensor:
-    return torch.empty(shape, dtype=FLOAT_TYPES.get(dtype, torch.int64), device="meta")
 
 
 def _stamp(path: str | os.PathLike) -> tuple[int, int, int]:

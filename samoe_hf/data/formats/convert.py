@@ -49,8 +49,9 @@ def write_videos(kind: str, videos: Sequence[Video], folder: Path, polygons: boo
         raise InputError(f"`polygons` does not go with {kind}, which {why}")
     renamed = []
     if kind == "davis":  # it has no folders of videos
-        renamed = [f"{v.video_id} is called {_flat(v)}" for v in videos if _flat(v) != v.video_id]
-        videos = [replace(video, video_id=_flat(video)) for video in videos]
+        flat = [replace(video, video_id=video.video_id.replace("/", "_")) for video in videos]
+        pairs = [(one.video_id, other.video_id) for one, other in zip(videos, flat, strict=True)]
+        renamed, videos = [f"{one} is called {other}" for one, other in pairs if one != other], flat
     check_unlike(f"names of videos, as {kind} has them", [video.video_id for video in videos])
     for video in videos:  # files of labels tell frames by their names
         check_unlike(f"frames of {video.video_id}", video.frames.names)
@@ -64,10 +65,6 @@ def write_videos(kind: str, videos: Sequence[Video], folder: Path, polygons: boo
     except SampleError as error:  # a fault of the writer, and no user's
         raise RuntimeError(f"what was written as {kind} cannot be read back") from error
     return kept._replace(differences=renamed + kept.differences)
-
-
-def _flat(video: Video) -> str:
-    return video.video_id.replace("/", "_")
 
 
 def compare(videos: Sequence[Video], others: Sequence[Video]) -> Kept:

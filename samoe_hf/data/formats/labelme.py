@@ -42,13 +42,11 @@ def read_labelme(root: str | Path, split: str | None = None) -> VideoList:
             data = json.loads(path.read_bytes())
             name = PureWindowsPath(data["imagePath"]).as_posix()
             image: Path | bytes = on_disk(path.parent / PureWindowsPath(name).name)
-            if not image.is_file() and not Path(name).is_absolute() and on_disk(path.parent / name).is_file():
+            if not image.is_file() and not Path(name).anchor and on_disk(path.parent / name).is_file():
                 image = path.parent / name
             if not image.is_file() and data.get("imageData"):
                 image = base64.b64decode(data["imageData"], validate=True)
-            size = None
-            if data.get("imageHeight") is not None:
-                size = (int(data["imageHeight"]), int(data["imageWidth"]))
+            size = None if data.get("imageHeight") is None else (int(data["imageHeight"]), int(data["imageWidth"]))
             objects = labels.grouped((str(one["label"]), _group(one), _part(one, path)) for one in data["shapes"])
             video = path.parent.relative_to(root).as_posix().removeprefix(".")
             frames.append(LabelledFrame(video, image, size, objects, str(path), Path(name).stem))
