@@ -4,7 +4,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
-from importlib import import_module
+from importlib import import_module, reload
 from pkgutil import walk_packages
 
 import pytest
@@ -54,10 +54,8 @@ def import_as_on_windows():
     modules = [m.name for m in walk_packages(samoe_hf.__path__, "samoe_hf.") if m.name != "samoe_hf.__main__"]
     for name in modules:  # with the libraries, which have their ways to tell systems apart
         import_module(name)
-    for name in [name for name in sys.modules if name.partition(".")[0] == "samoe_hf"]:
-        del sys.modules[name]
     for name in ("fork", "getuid", "register_at_fork", "sched_getaffinity"):
         delattr(os, name)
     sys.modules |= dict.fromkeys(("fcntl", "pwd", "resource", "termios"))
     for name in modules:
-        import_module(name)
+        reload(sys.modules[name])
