@@ -209,10 +209,11 @@ class CachedPositionEncoding(nn.Module):
         if torch.compiler.is_compiling():  # what a graph puts out may be overwritten when it runs again
             return self.encoding(shape, device, dtype)
         key = (*shape[1:], str(device), dtype)
-        if key not in self._known:
+        if (encoded := self._known.get(key)) is None:
             # Also what is first needed while tracking may later be part of a graph.
             with torch.inference_mode(False):
                 encoded = self.encoding(torch.Size((1, *shape[1:])), device, dtype)
                 # transformers may have computed it while its own model was tracking.
-                self._known = {key: encoded.clone() if encoded.is_inference() else encoded}
-        return self._known[key].expand(shape[0], -1, -1, -1)
+                encoded = encoded.clone() if encoded.is_inference() else encoded
+                self._known = {key: encoded}
+        return encoded.expand(shape[0], -1, -1, -1)

@@ -164,7 +164,7 @@ class RotaryEmbedding(KeepsTypes):
 
         def compute() -> Tensor:
             by_side = {side: self._compute(places(side).to(device)) for side in set(pooling)}
-            pointers = self._compute(torch.zeros(num_pointer_tokens, 2, device=device))
+            pointers = self._compute(torch.zeros(num_pointer_tokens, 2, dtype=torch.float32, device=device))
             return torch.cat([*(by_side[side] for side in pooling), pointers])
 
         # Most frames read as many as the frame before.
@@ -173,10 +173,11 @@ class RotaryEmbedding(KeepsTypes):
     def _keep(self, slot: str, key: tuple, compute: Callable[[], Tensor]) -> Tensor:
         if torch.compiler.is_compiling():
             return compute()
-        if slot not in self._known or self._known[slot][0] != key:
+        known = self._known.get(slot)  # which other threads may change, that track other videos
+        if known is None or known[0] != key:
             with torch.inference_mode(False):
-                self._known[slot] = key, compute()
-        return self._known[slot][1]
+                known = self._known[slot] = key, compute()
+        return known[1]
 
     def _compute(self, places: Tensor) -> Tensor:
         cos, sin = (x[0, :, ::2] for x in self.embedding(places, places))

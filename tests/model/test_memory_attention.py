@@ -148,3 +148,27 @@ def test_rotations_are_the_same_whenever_a_model_is_cast(model_with_effect):
     before = copy.deepcopy(rotary).of_map(places)
     model_with_effect.bfloat16()
     assert model_with_effect.dtype == torch.bfloat16 and torch.equal(rotary.of_map(places), before)
+
+
+def test_neither_other_threads_nor_the_default_type_of_numbers_change_rotations(model_with_effect):
+    rotary, places = model_with_effect.memory_attention.rotary_emb, model_with_effect.memory_attention.position_ids
+
+    def of_memories(*pooling):
+        return rotary.of_memories(lambda _: places, pooling, 4, model_with_effect.device)
+
+    class Side(int):
+        """Between the look at what is kept and the answer, another thread has its turn with another video."""
+
+        __hash__ = int.__hash__
+
+        def __eq__(self, other):
+            of_memories(1, 1, 1)
+            return int(self) == other
+
+    expected = of_memories(1)
+    assert torch.equal(of_memories(Side(1)), expected)
+    try:
+        torch.set_default_dtype(torch.float64)
+        assert of_memories(1, 1).dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
