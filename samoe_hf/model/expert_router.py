@@ -49,7 +49,13 @@ class RouterLogits(nn.Identity):
         """Whether it has hooks, or had some in the forward pass that is computed again, see [`recomputable`]."""
         if not torch.compiler.is_compiling() and _runs_hooks.get():
             return True
-        return bool(self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks)
+        return is_hooked(self)
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether hooks of its own are run with a module."""
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return any(hooks)
 
 
 def top_k_gates(router_logits: Tensor, num_experts_per_tok: int, dim: int = -1) -> Tensor:

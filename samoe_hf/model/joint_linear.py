@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.module import _has_any_global_hook
 from transformers.models.sam2_video.modeling_sam2_video import Sam2VideoFeedForward
 
 from .domain_experts import DomainExperts, DomainLinear, active_domain
 from .expert_kernel import JoinedExperts
 from .expert_layer import BaseLinear, ExpertLinear, ExpertMixture, joined_experts, run_mixtures
-from .expert_router import Router
+from .expert_router import Router, is_hooked
 from .kept import keep, keeps, once_for_clip
 
 # Whose own code is known here. Parametrized modules, and what PEFT wraps around layers, are of other classes.
@@ -78,8 +79,8 @@ def _joint_layers(layers: Sequence[Any], dtype: torch.dtype) -> JointLayers | No
 
 def runs_own_code(module: nn.Module) -> bool:
     """Whether nothing but a module's own code runs in it: it is not watched or changed."""
-    is_known = type(module) in OWN_KINDS and "forward" not in vars(module)
-    return is_known and not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+    is_watched = is_hooked(module) or _has_any_global_hook()
+    return type(module) in OWN_KINDS and "forward" not in vars(module) and not is_watched
 
 
 def is_plain(layer: nn.Linear) -> bool:

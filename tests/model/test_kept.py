@@ -7,6 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from torch import nn
+from torch.nn.modules.module import register_module_full_backward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers.domains import add_learned_domain, new_model
@@ -176,6 +177,17 @@ def test_layers_that_are_unlike_or_watched_give_what_each_gives_alone(unlike):
     assert len(seen) == (3 if "hook" in unlike else 0)
     if "router" in unlike:
         torch.testing.assert_close(seen[1], seen[0])
+
+
+@pytest.mark.parametrize("of_all", [False, True], ids=["layer", "all modules"])
+def test_hooks_of_gradients_run(of_all):
+    layers, seen = layers_of("experts"), []
+    register = register_module_full_backward_pre_hook if of_all else layers[1].register_full_backward_pre_hook
+    watch = register(lambda module, gradient: seen.append(module))
+    with keep_for_clip():
+        torch.cat(list(run_jointly(layers, torch.randn(2, 8, requires_grad=True)))).sum().backward()
+    watch.remove()
+    assert seen.count(layers[1]) == 1
 
 
 @pytest.mark.parametrize("kind", ["plain", "one expert", "experts", "domain", "watched"])
