@@ -23,7 +23,9 @@ from .adapters import (
     adapter_names,
     adapters_aside,
     check_adapters_on_experts,
+    is_adapter_parameter,
     load_adapter,
+    plain_name,
     put_adapter,
     save_adapters,
     suitable_adapter,
@@ -36,7 +38,7 @@ from .base_model import SamoePreTrainedModel
 from .clip import SamoeClipOutput, checkpoint_frames, clip_forward, non_reentrant, read_clips
 from .configuration_samoe import SamoeConfig
 from .domain_choice import AUTO, check_domain
-from .domain_files import split_domains, write_domain_files
+from .domain_files import domain_of_tensor, split_domains, write_domain_files
 from .errors import InputError
 from .expert_layer import has_effect
 from .expert_sleep import wake_experts
@@ -97,9 +99,11 @@ class SamoeModel(SamoePreTrainedModel):
     def __init__(self, config: SamoeConfig):
         super().__init__(config)
         self.register_load_state_dict_pre_hook(to_wrapped_names)
-        self.register_load_state_dict_post_hook(_expect_sleeping_experts)
+        self.register_load_state_dict_post_hook(_take_loaded)
         train_experts(self)
         self._checked_adapters: list[str] = []
+        # Whether whoever loads a checkpoint's own tensors then reads what lies in files beside them.
+        self.reads_files_beside = False
 
     # What is trained
 
@@ -607,6 +611,17 @@ class SamoeModel(SamoePreTrainedModel):
         train_adapter(self, name, is_trainable)
 
 
-def _expect_sleeping_experts(model: SamoePreTrainedModel, _: Any) -> None:
-    """After tensors were loaded, `wake_experts` has to look again."""
+def _take_loaded(model: SamoeModel, loaded: Any) -> None:
+    """After tensors were loaded, `wake_experts` has to look again. An `InputError` if these were a folder's own alone,
+    without trainable ones in files beside them: transformers' Trainer would go on from others."""
     model.may_have_sleeping_experts = True
+    missing = set(loaded.missing_keys)
+    beside = {n: p for n, p in model.named_parameters() if is_adapter_parameter(n) or domain_of_tensor(plain_name(n))}
+    if model.reads_files_beside or missing != beside.keys():
+        return
+    if trained := sorted(name for name, parameter in beside.items() if parameter.requires_grad):
+        raise InputError(
+            "`state_dict` has all tensors but those that `save_pretrained` writes to their own files, of domains and "
+            f"adapters, as {trained[0]!r}. `from_pretrained` reads them, and SamoeTrainer when it goes on or takes "
+            "the best model; transformers' Trainer does not."
+        )

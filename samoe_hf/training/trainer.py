@@ -7,8 +7,8 @@ import re
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -451,22 +451,29 @@ class SamoeTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         # A checkpoint is of the SamoeModel, whatever wraps it.
         model = model if self.is_fsdp_enabled else unwrapped(model or self.model)
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self._load_apart(resume_from_checkpoint)
+        with self._reading_apart(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
-        wrapped = self.model
-        try:
-            if not self.is_fsdp_enabled:
-                self.model = unwrapped(wrapped)
-            super()._load_best_model()
-        finally:
-            self.model = wrapped
-        assert self.state.best_model_checkpoint is not None
-        self._load_apart(self.state.best_model_checkpoint)
+        wrapped, best = self.model, self.state.best_model_checkpoint
+        assert best is not None
+        with self._reading_apart(best):
+            try:
+                if not self.is_fsdp_enabled:
+                    self.model = unwrapped(wrapped)
+                super()._load_best_model()
+            finally:
+                self.model = wrapped
 
-    def _load_apart(self, checkpoint: str) -> None:
+    @contextmanager
+    def _reading_apart(self, checkpoint: str) -> Iterator[None]:
+        """Around what loads a checkpoint's own tensors: then those are loaded that lie in files beside them."""
         model = unwrapped(self.model)
+        model.reads_files_beside = True
+        try:
+            yield
+        finally:
+            model.reads_files_beside = False
         if not self.is_fsdp_enabled:  # which has all in a file of its own
             self._load_domains(checkpoint)
         for name in adapter_names(model):

@@ -149,6 +149,19 @@ def test_plain_trainer_trains_and_evaluates(model_folder, clips, tmp_path):
     assert all(torch.equal(reloaded[name], tensor) for name, tensor in model.state_dict().items())
 
 
+def test_plain_trainer_refuses_to_go_on_without_what_lies_in_other_files(model_folder, clips, tmp_path):
+    model = SamoeModel.from_pretrained(model_folder)
+    rename_domain(model, None, "first")
+    model.set_trainable("experts", "decoder")
+    plain_trainer(model, clips, tmp_path).train()
+    again = plain_trainer(model, clips, tmp_path)
+    with pytest.raises(ValueError, match=r"`state_dict` has all tensors but .*domain_first"):
+        again.train(resume_from_checkpoint=True)
+    model.requires_grad_(False).load_state_dict(
+        load_file(tmp_path / "checkpoint-1" / "model.safetensors"), strict=False
+    )
+
+
 def test_one_processor_prepares_clips_and_evaluates(run_config, model_folder, tmp_path):
     own = tmp_path / "own"
     shutil.copytree(model_folder, own)
