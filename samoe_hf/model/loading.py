@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.utils import logging as transformers_logging
@@ -75,6 +76,7 @@ class LoadRequest:
             )
 
 
+@torch.inference_mode(False)  # whose tensors could neither be kept nor trained
 def load_model(cls: type[SamoePreTrainedModel], request: LoadRequest) -> tuple[SamoePreTrainedModel, dict[str, Any]]:
     """Loads a model; also gives what was missing and the like."""
     request.check()

@@ -245,3 +245,10 @@ def test_a_device_map_that_offloads_is_refused(model_folder, device_map):
     with pytest.raises(ValueError, match=r"`device_map` .* leaves a part of the model on the disk"):
         SamoeModel.from_pretrained(model_folder, device_map=device_map)
     assert SamoeModel.from_pretrained(model_folder, device_map={"": "cpu"}).device.type == "cpu"
+
+
+def test_a_model_that_was_loaded_in_inference_mode_is_like_any_other(nano, model_folder):
+    with torch.inference_mode():
+        model, _ = SamoeModel.from_pretrained(model_folder, output_loading_info=True)
+    assert not [name for name, tensor in model.state_dict().items() if tensor.is_inference()]
+    assert_same_tensors(model, nano.model)
