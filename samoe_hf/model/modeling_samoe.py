@@ -60,6 +60,7 @@ from .tracking import (
     track_frame,
 )
 from .trainable import parameter_names, set_trainable, train_experts
+from .weights_check import check_described
 from .weights_io import updated_folder
 from .weights_trained import check_not_its_base, save_trained
 
@@ -442,6 +443,7 @@ class SamoeModel(SamoePreTrainedModel):
             raise TypeError(f"`save_pretrained` has no argument {unknown[0]!r}.")
         commit = {name: kwargs.pop(name) for name in [*kwargs] if name in of_pushing or name == "token"}
         experts_only = self._saves_experts_only(experts_only)
+        check_described(self, self.config)
         if experts_only:
             check_not_its_base(self, save_directory)
             if (variant := kwargs.get("variant")) is not None:

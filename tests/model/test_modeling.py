@@ -252,3 +252,12 @@ def test_a_model_that_was_loaded_in_inference_mode_is_like_any_other(nano, model
         model, _ = SamoeModel.from_pretrained(model_folder, output_loading_info=True)
     assert not [name for name, tensor in model.state_dict().items() if tensor.is_inference()]
     assert_same_tensors(model, nano.model)
+
+
+@pytest.mark.parametrize("name, value", [("num_experts_per_tok", 1), ("lora_alpha", 99.0), ("num_experts", 3)])
+def test_a_configuration_that_its_experts_do_not_follow_is_not_saved(model, tmp_path, name, value):
+    """Loaded again, the model would be another one."""
+    setattr(model.config, name, value)
+    with pytest.raises(ValueError, match=r"`num_experts_per_tok`.*`replace_experts`"):
+        model.save_pretrained(tmp_path)
+    assert not any(tmp_path.iterdir())
