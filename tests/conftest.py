@@ -177,23 +177,28 @@ def copies():
     """A folder of a model is read once while its files are the same; further loads are copies, much faster."""
     from samoe_hf import SamoeModel
 
-    read = SamoeModel.from_pretrained
+    read = SamoeModel.from_pretrained.__func__
 
-    def from_pretrained(pretrained_model_name_or_path=None, *args, **options):
+    def from_pretrained(cls, pretrained_model_name_or_path=None, *args, **options):
         source = pretrained_model_name_or_path
         given = {name for name, value in options.items() if value is not None and value is not False}
         files = [] if args or given - READ_WITH else files_of(source)
         if not files:
-            return read(source, *args, **options)
-        key = (str(source), str(options), *((file, file.stat().st_mtime_ns, file.stat().st_size) for file in files))
+            return read(cls, source, *args, **options)
+        key = (
+            cls,
+            str(source),
+            str(options),
+            *((file, file.stat().st_mtime_ns, file.stat().st_size) for file in files),
+        )
         if key not in READ:
-            READ[key] = read(source, **options)
+            READ[key] = read(cls, source, **options)
             if len(READ) > 12:
                 del READ[next(iter(READ))]
         return copy_model(READ[key])
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(SamoeModel, "from_pretrained", from_pretrained)
+        patch.setattr(SamoeModel, "from_pretrained", classmethod(from_pretrained))
         yield
 
 
@@ -211,10 +216,10 @@ def shortcuts():
 
     build = weights_check.build_on_meta
 
-    def build_on_meta(config, with_experts=True):
-        key = str(config.to_dict()), with_experts
+    def build_on_meta(config, with_experts=True, *cls):
+        key = str(config.to_dict()), with_experts, cls
         if key not in BUILT:
-            BUILT[key] = build(config, with_experts)
+            BUILT[key] = build(config, with_experts, *cls)
         return BUILT[key]
 
     with pytest.MonkeyPatch.context() as patch:

@@ -194,9 +194,11 @@ class SamoePreTrainedModel(Sam2VideoModel):
         return output if self._graphs is None or torch.compiler.is_compiling() else self._graphs.outlive(output)
 
 
-def build_on_meta(config: SamoeConfig, with_experts: bool = True) -> Sam2VideoModel:
+def build_on_meta(
+    config: SamoeConfig, with_experts: bool = True, cls: type[SamoePreTrainedModel] = SamoePreTrainedModel
+) -> Sam2VideoModel:
     """A model, or the base model alone, without memory for its tensors; an `InputError` if none can be built."""
-    kind = SamoePreTrainedModel if with_experts else Sam2VideoModel
+    kind = cls if with_experts else Sam2VideoModel
     try:
         with building, torch.device("meta"), init.no_init_weights():
             return kind(copy.deepcopy(config))

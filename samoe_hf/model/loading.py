@@ -121,7 +121,7 @@ def _load(cls: type[SamoePreTrainedModel], request: LoadRequest) -> tuple[SamoeP
         model, new = load_trained(cls, folder, config, hub, others, more_experts)
         info = {"missing_keys": new, "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": set()}
     else:
-        model, info, new = _load_whole(request, config, hub, more_experts)
+        model, info, new = _load_whole(cls, request, config, hub, more_experts)
     model.origin.commit, model.origin.image_size = commit, saved_size
     if config.domains and image_size != saved_size:
         message = "The gate has learned domains on frames of %d pixels; on %d it may take a video for another's."
@@ -137,7 +137,7 @@ def _load(cls: type[SamoePreTrainedModel], request: LoadRequest) -> tuple[SamoeP
 
 
 def _load_whole(
-    request: LoadRequest, config: SamoeConfig, hub: dict[str, Any], more_experts: bool
+    cls: type[SamoePreTrainedModel], request: LoadRequest, config: SamoeConfig, hub: dict[str, Any], more_experts: bool
 ) -> tuple[SamoePreTrainedModel, dict[str, Any], set[str]]:
     """Loads a model from files that hold all of it but experts, or from the tensors of an original checkpoint."""
     source, arguments = request.source, request.arguments
@@ -155,7 +155,7 @@ def _load_whole(
         late = None if lenient else files
         for file in files.values() if lenient else ():
             found = {**found, **file.headers()}
-    new_layers = check_weights(source, found, config, more_experts, request.ignore_mismatched_sizes, late)
+    new_layers = check_weights(source, found, config, more_experts, request.ignore_mismatched_sizes, late, cls)
     if stored is not None and renamed:
         arguments["state_dict"] = {own: stored.read(name) for own, name in renamed.items()}
     if not all(tensor.numel() for tensor in found.values()):

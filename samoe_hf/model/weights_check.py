@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base_model import build_on_meta
+from .base_model import SamoePreTrainedModel, build_on_meta
 from .configuration_samoe import SamoeConfig, named_integers
 from .domain_experts import domain_tensors
 from .domain_files import check_domain_sizes
@@ -64,6 +64,7 @@ def check_weights(
     more_experts: bool,
     any_experts: bool,
     late: Mapping[str, LateFile] | None = None,
+    cls: type[SamoePreTrainedModel] = SamoePreTrainedModel,
 ) -> list[str]:
     """Compares a checkpoint's tensors with what `config` describes; all else than the following is refused.
 
@@ -74,6 +75,7 @@ def check_weights(
         source: what to call the checkpoint in messages.
         found: names -> tensors, such as [`StoredTensors`] has.
         late: files of the experts of domains, by domain, if these are not in `found`.
+        cls: that of the model; a class of the user's may have further tensors, which may be there.
 
     Returns:
         The layers whose experts the checkpoint lacks, and which are to get new ones.
@@ -88,6 +90,9 @@ def check_weights(
         raise InputError(f"{source}: {error}") from error
     expected = dict(itertools.chain(*(x.items() for x in (model.state_dict(), *of_domains.values()))))
     problems = find_mismatches(found, expected)
+    if unexpected := set(problems["unexpected"]):
+        own = build_on_meta(config.without_domain_experts(), True, cls).state_dict()
+        problems = find_mismatches(found, {**expected, **{name: own[name] for name in unexpected & own.keys()}})
     layers = {name: {f"{name}.{tensor}" for tensor in EXPERT_TENSORS} for name, _ in expert_modules(model)}
     layers |= {name: {*tensors} for name, tensors in of_domains.items()}
     unfit = set().union(*problems.values()) if any_experts else set(problems["missing"])

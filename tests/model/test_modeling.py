@@ -261,3 +261,24 @@ def test_a_configuration_that_its_experts_do_not_follow_is_not_saved(model, tmp_
     with pytest.raises(ValueError, match=r"`num_experts_per_tok`.*`replace_experts`"):
         model.save_pretrained(tmp_path)
     assert not any(tmp_path.iterdir())
+
+
+class WithHead(SamoeModel):
+    """A model with a layer of its own."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.head = torch.nn.Linear(4, 2)
+
+
+def test_what_a_class_of_ones_own_adds_is_saved_and_loaded(model_folder, tmp_path):
+    model = WithHead.from_pretrained(model_folder, output_loading_info=True)[0]
+    for experts_only in (False, True):
+        model.save_pretrained(tmp_path / str(experts_only), experts_only=experts_only)
+        assert_same_tensors(WithHead.from_pretrained(tmp_path / str(experts_only)), model)
+    with pytest.raises(ValueError, match="unexpected, such as 'head"):
+        SamoeModel.from_pretrained(tmp_path / "False")
+    model.head = torch.nn.Linear(4, 3)
+    model.save_pretrained(tmp_path / "another")
+    with pytest.raises(ValueError, match="of another shape, such as 'head"):
+        WithHead.from_pretrained(tmp_path / "another")

@@ -218,9 +218,9 @@ class Killed(BaseException):
 
 
 def test_a_model_whose_save_was_killed_loads_as_the_new_one(model_folder, tmp_path, monkeypatch):
-    model = SamoeModel.from_pretrained(model_folder, lora_alpha=8.0)
+    model = SamoeModel.from_pretrained(model_folder, router_aux_loss_coef=0.5)
     model.save_pretrained(tmp_path)
-    model.config.lora_alpha, move = 64.0, os.replace
+    model.config.router_aux_loss_coef, move = 0.25, os.replace
 
     def killed_at_the_configuration(source, target):
         if Path(target).name == "config.json":
@@ -234,7 +234,7 @@ def test_a_model_whose_save_was_killed_loads_as_the_new_one(model_folder, tmp_pa
         model.save_pretrained(tmp_path)
     monkeypatch.undo()
     found = SamoeModel.from_pretrained(tmp_path)
-    assert found.config.lora_alpha == 64
+    assert found.config.router_aux_loss_coef == 0.25
     assert (found.get_parameter(f"{found.expert_module_names[0]}.lora_B") == 64).all()
 
 
