@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import wraps
 from threading import RLock
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,8 @@ from .expert_layer import (
     replace_module,
 )
 from .weights_store import LateFile
+
+T = TypeVar("T")
 
 # Before the domain's name, since modules have attributes such as `train` and `type`.
 PREFIX = "domain_"
@@ -135,6 +137,17 @@ class StoredExperts(NamedTuple):
     settings: dict[str, Any]
 
 
+def _of_all(method: Callable[..., T]) -> Callable[..., T]:
+    """A method of a [`DomainLinear`], which reads the experts of all domains first."""
+
+    @wraps(method)
+    def read_first(layer: "DomainLinear", *args: Any, **kwargs: Any) -> T:
+        layer.read_stored()
+        return method(layer, *args, **kwargs)
+
+    return read_first
+
+
 class DomainLinear(BaseLinear):
     """A linear layer with experts of domains beside it. `weight` and `bias` are the base layer's.
 
@@ -228,32 +241,11 @@ class DomainLinear(BaseLinear):
             self.read_stored()
         return super().__getattr__(name)
 
-    def __repr__(self) -> str:
-        self.read_stored()
-        return super().__repr__()
-
-    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
-        """As in the base class, of all domains; parameters and buffers are found by it too."""
-        self.read_stored()
-        return super().named_modules(*args, **kwargs)
-
-    def apply(self, fn: Callable[[nn.Module], None]) -> "DomainLinear":
-        """As in the base class, to the experts of all domains too."""
-        self.read_stored()
-        return super().apply(fn)
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """As in the base class, of all domains."""
-        self.read_stored()
-        return super().state_dict(*args, **kwargs)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.read_stored()
-        super()._load_from_state_dict(*args, **kwargs)
-
-    def __getstate__(self) -> Any:
-        self.read_stored()
-        return super().__getstate__()
+    # Of all domains; parameters and buffers are found by `named_modules` too.
+    __repr__, __getstate__ = _of_all(BaseLinear.__repr__), _of_all(BaseLinear.__getstate__)
+    named_modules, apply = _of_all(BaseLinear.named_modules), _of_all(BaseLinear.apply)
+    state_dict: Any = _of_all(BaseLinear.state_dict)
+    _load_from_state_dict = _of_all(BaseLinear._load_from_state_dict)
 
     def _apply(self, *args: Any, **kwargs: Any) -> "DomainLinear":
         dtype = floating_type(self)
