@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .batch_rows import BatchRows, batch_rows
 from .errors import InputError
+from .graphs import uncompiled
 
 
 class Router(nn.Module):
@@ -89,7 +90,7 @@ def open_hooks(handles: Iterable[RemovableHandle]) -> Iterator[None]:
     handles = list(handles)
     token = _runs_hooks.set(True)
     try:
-        with torch.compiler.set_stance("force_eager"):
+        with uncompiled():
             yield
     finally:
         _runs_hooks.reset(token)

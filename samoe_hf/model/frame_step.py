@@ -18,7 +18,7 @@ from .base_interface import NUM_LEVELS
 from .base_model import SamoePreTrainedModel
 from .base_modules import ImageFeatures
 from .batch_rows import batch_rows, use_rows
-from .graphs import Graphs, varying
+from .graphs import Graphs, uncompiled, varying
 from .memory_bank import FrameMemory, MemoryBank
 from .memory_evidence import judge
 from .memory_selection import MemoryLimits, MemorySelection
@@ -127,7 +127,7 @@ def frame_step(
         )
     else:
         # Frames with prompts are few, and of many kinds. Training compiles the modules, not the frame.
-        with nullcontext() if model.graphs is None else torch.compiler.set_stance("force_eager"):
+        with nullcontext() if model.graphs is None else uncompiled():
             rest = num_objects, fill_hole_area, encode_memory, corrections
             output = _segment_and_remember(model, image, prompt, tokens, *rest)
     if encode_memory and memory_selection != "recent":

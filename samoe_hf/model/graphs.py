@@ -1,6 +1,8 @@
 """Functions that are compiled once for any number of objects, memories and points."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from threading import Lock
 from typing import Any, TypeVar
 
 import torch
@@ -12,6 +14,26 @@ from torch.utils._pytree import tree_map_only
 CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")
 
 T = TypeVar("T")
+
+_lock, _stance, _in_use = Lock(), ExitStack(), 0
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """While the context is open, compiled functions run uncompiled. PyTorch knows one stance of all threads, and which
+    was there before: with threads whose contexts overlap, the first takes it and the last puts it back."""
+    global _in_use
+    with _lock:
+        _in_use += 1
+        if _in_use == 1:
+            _stance.enter_context(torch.compiler.set_stance("force_eager"))
+    try:
+        yield
+    finally:
+        with _lock:
+            _in_use -= 1
+            if _in_use == 0:
+                _stance.close()
 
 
 def varying(x: Tensor, *dims: int) -> Tensor:

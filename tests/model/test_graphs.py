@@ -8,6 +8,7 @@ import torch
 from helpers.domains import add_learned_domain, with_two_domains
 from helpers.edgetam import slow_over_bases
 from samoe_hf.data import SyntheticVideos
+from samoe_hf.model.graphs import uncompiled
 from samoe_hf.model.memory_tokens import MemoryTokens, fill_up, full_length
 from samoe_hf.model.processing_samoe import build_processor
 from samoe_hf.video_session import VideoSession
@@ -148,3 +149,13 @@ def test_domains_of_equal_settings_share_their_graphs(graphs, tmp_path):
         for name in names:
             assert (run(compiled, 8, name) - expected[name]).abs().mean() < 1e-5
         assert graphs["unique_graphs"] - before == 3
+
+
+def test_what_ran_uncompiled_in_two_threads_at_once_is_compiled_again():
+    graphs, (first, second) = [], (uncompiled(), uncompiled())
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    second.__exit__(None, None, None)
+    torch.compile(torch.neg, backend=lambda graph, _: graphs.append(graph) or graph)(torch.ones(2))
+    assert graphs
