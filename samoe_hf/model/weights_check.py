@@ -126,15 +126,13 @@ def check_weights(
 
 def check_described(model: nn.Module, config: SamoeConfig) -> None:
     """Refuses a configuration that was changed after the model had its experts, which are not saved as it says."""
-    mixtures = expert_modules(model) if config.domains is None else ()  # those of domains have settings of their own
     said = (config.num_experts, config.num_experts_per_tok, config.lora_rank, config.lora_alpha / config.lora_rank)
-    for name, own in mixtures:
-        found = (own.num_experts, own.num_experts_per_tok, own.lora_rank, own.scaling)
-        if found != said:
+    # Domains have settings of their own.
+    for name, own in expert_modules(model) if config.domains is None else ():
+        if (found := (own.num_experts, own.num_experts_per_tok, own.lora_rank, own.scaling)) != said:
             raise InputError(
                 "`num_experts`, `num_experts_per_tok`, `lora_rank` and `lora_alpha / lora_rank` of the configuration "
-                f"are {said}, but of the experts in {name!r} {found}. They are read when a model is made or loaded; "
-                "`replace_experts` gives it others."
+                f"are {said}, but of the experts in {name!r} {found}. Give them others by `replace_experts`."
             )
 
 
