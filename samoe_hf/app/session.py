@@ -146,6 +146,7 @@ class TrackingSession:
             memory_selection=memory_selection,
             corrections_condition=True,  # what was corrected stays as it was corrected
             inference_device=loaded.model.device,
+            inference_state_device="cpu",  # what many people may undo would fill a GPU
             dtype=loaded.model.dtype,
         )
 

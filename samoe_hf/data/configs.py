@@ -13,7 +13,9 @@ SHIPPED = Path(__file__).parents[1] / "configs"
 
 def shipped_configs() -> dict[str, Path]:
     """The package's configurations: name -> file."""
-    return {path.stem: path for path in sorted(SHIPPED.glob("*.yaml"))}
+    # In a clone it is a link, for which git on Windows writes a file of where it leads.
+    folder = SHIPPED.parent / SHIPPED.read_text(encoding="utf-8") if SHIPPED.is_file() else SHIPPED
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
 def find_config(name: str | Path) -> Path:

@@ -3,6 +3,7 @@
 import pytest
 
 from helpers.reference import ROOT
+from samoe_hf.data import configs
 from samoe_hf.data.configs import find_config, names_config, shipped_configs
 from samoe_hf.data.registry import read_yaml
 
@@ -20,6 +21,15 @@ def test_all_of_the_repository_are_found_anywhere():
         for text in (name, f"{name}.yaml", "my/run.yml"):
             assert names_config(text)
     assert not names_config("davis") and not names_config("{kind: davis}") and not names_config("x" * 300)
+
+
+def test_they_are_found_in_a_clone_by_git_on_windows(tmp_path, monkeypatch):
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "mine.yaml").touch()
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "configs").write_text("../configs")
+    monkeypatch.setattr(configs, "SHIPPED", tmp_path / "package" / "configs")
+    assert shipped_configs().keys() == {"mine"} and find_config("mine").is_file()
 
 
 @pytest.mark.parametrize("name", ["smoke", "smoke.yaml"])
