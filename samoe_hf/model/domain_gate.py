@@ -268,7 +268,7 @@ class DomainGate(KeepsTypes):
             raise InputError("features have values that are not finite")
         return features.detach().to(self.means.device).double()
 
-    def _apply(self, fn: Any, recurse: bool = True) -> "DomainGate":
+    def _apply(self, fn: Any, recurse: bool = True) -> KeepsTypes:
         """Stays on the CPU in place of Apple's GPUs, which have no float64."""
         return self if fn(self.means.new_empty(0)).device.type == "mps" else super()._apply(fn, recurse)
 
