@@ -110,7 +110,7 @@ def _locked(folder: str | os.PathLike) -> Iterator[None]:
 
 def can_lock(path: str | os.PathLike) -> bool:
     """Whether a file, which is made if need be, can be locked: some file systems, as of clusters, know no locks."""
-    with open(path, "a+") as file:
+    with open(path, "ab") as file:
         try:
             if fcntl is not None:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
