@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=small_base(), help="by default the small model that comes with the package")
     parser.add_argument("--dataset", action="append", default=[], metavar="FOLDER", help="also these videos")
-    parser.add_argument("--kinds", nargs="+", choices=(*SYNTHETIC_KINDS, EASY), default=[*SYNTHETIC_KINDS, EASY])
+    parser.add_argument("--kinds", nargs="*", choices=(*SYNTHETIC_KINDS, EASY), default=[*SYNTHETIC_KINDS, EASY])
     parser.add_argument("--videos", type=int, default=4, metavar="N", help="of each kind and seed (%(default)s)")
     parser.add_argument("--frames", type=int, default=32, metavar="N", help="of each video (%(default)s)")
     parser.add_argument("--prompt", default="mask", help="mask, box or clicks:N (%(default)s)")
@@ -65,18 +65,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sets.setdefault(EASY if kind == EASY else "hard", []).extend(SyntheticVideos(*about))
     sets |= {Path(folder).name: load_videos(folder) for folder in parsed.dataset}
     model = SamoeModel.from_pretrained(parsed.model)
-    finds, corrections = [], []
+    parsed.output.mkdir(parents=True, exist_ok=True)
+    found_heading = ["videos", "masks", "J below 0.5", "of these in the first tenth", "at best"]
+    heading = ["videos", "corrected frames", "J&F before", "of the list", "even", "list over even"]
+    finds, corrections, text = [], [], ""
     for name, videos in sets.items():
         found, rows = rows_of(name, model, parsed.model, videos, parsed.prompt)
         finds.append(found)
         corrections += rows
-    heading = ["videos", "masks", "J below 0.5", "of these in the first tenth", "at best"]
-    tables = [format_table(heading, finds, markdown=True)]
-    heading = ["videos", "corrected frames", "J&F before", "of the list", "even", "list over even"]
-    tables.append(format_table(heading, corrections, markdown=True))
-    parsed.output.mkdir(parents=True, exist_ok=True)
-    (parsed.output / "looks.md").write_text("\n\n".join(tables) + "\n", encoding="utf-8")
-    print("\n\n".join(tables))
+        tables = format_table(found_heading, finds, markdown=True), format_table(heading, corrections, markdown=True)
+        text = "\n\n".join(tables)
+        # After each of the sets, which take hours on a CPU.
+        (parsed.output / "looks.md").write_text(text + "\n", encoding="utf-8")
+    print(text)
 
 
 if __name__ == "__main__":
