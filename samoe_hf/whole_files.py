@@ -42,11 +42,16 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 def new_folder(folder: str | os.PathLike, overwrite: bool = False) -> Iterator[Path]:
     """Yields a temporary folder that becomes `folder` when the block ends, and is removed if the block raises.
 
-    A file, and a folder that is not empty unless `overwrite`, are a `FileExistsError` at once.
+    A file, and a folder that is not empty unless `overwrite`, are a `FileExistsError` at once, and one that others have
+    made meanwhile when the block ends.
     """
     target = Path(folder).resolve()
-    if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not overwrite)):
-        raise FileExistsError(f"{folder} exists and is not an empty folder; give another output.")
+
+    def check() -> None:
+        if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not overwrite)):
+            raise FileExistsError(f"{folder} exists and is not an empty folder; give another output.")
+
+    check()
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     old = temporary.with_name(f"{temporary.name}.old")
     try:
@@ -56,6 +61,7 @@ def new_folder(folder: str | os.PathLike, overwrite: bool = False) -> Iterator[P
     try:
         yield temporary
         sync(temporary, below=True)
+        check()
         if target.exists():
             target.rename(old)
         temporary.rename(target)

@@ -82,3 +82,9 @@ def test_a_folder_is_written_whole_or_not_at_all(tmp_path, open_folder):
     with open_folder(tmp_path / "out") as temporary:
         (temporary / "a").write_text("whole")
     assert (tmp_path / "out" / "a").read_text() == "whole" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_what_others_have_written_meanwhile_is_not_replaced(tmp_path):
+    with pytest.raises(FileExistsError, match="out exists and is not an empty folder"), new_folder(tmp_path / "out"):
+        write_text(tmp_path / "out" / "theirs", "theirs")
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "theirs"]
