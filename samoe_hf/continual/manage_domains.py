@@ -4,6 +4,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from samoe_hf.model.weights_trained import is_original_checkpoint
 from samoe_hf.plots.domains import draw_domains
 from samoe_hf.surgery.domains import merge_domains, remove_domain, rename_domain
 from samoe_hf.surgery.gate import distances_between
+from samoe_hf.whole_files import new_folder, whole_file
 
 from .fit_gate import confirm_video, decide_frame
 
@@ -165,11 +167,17 @@ def save_as_it_came(
     output: str | os.PathLike,
     examples: Mapping[str, str] | None = None,
 ) -> None:
-    """Saves a model that was loaded from `source`: whole, or only what was trained; `examples`: pictures by domain."""
+    """Saves a model that was loaded from `source`: whole, or only what was trained; `examples`: pictures by domain.
+
+    `output` is the source itself, or a new folder, which is written whole or not at all; another one is an InputError.
+    """
     base = (model.origin.source or {}).get("name_or_path")
-    model.save_pretrained(output, experts_only=base not in (os.path.abspath(source), source), processor=processor)
-    for name, path in (examples or {}).items():
-        target = Path(output, EXAMPLES, name).with_suffix(Path(path).suffix)
-        target.parent.mkdir(exist_ok=True)
-        if not (target.exists() and target.samefile(path)):
-            shutil.copyfile(path, target)
+    in_place = os.path.isdir(source) and os.path.abspath(output) == os.path.abspath(source)
+    with input_errors(), nullcontext(output) if in_place else new_folder(output) as folder:
+        # Before the model, which would stay without them where this is stopped.
+        for name, path in (examples or {}).items():
+            target = Path(folder, EXAMPLES, name).with_suffix(Path(path).suffix)
+            if not (target.exists() and target.samefile(path)):
+                with whole_file(target) as copy:
+                    shutil.copyfile(path, copy)
+        model.save_pretrained(folder, experts_only=base not in (os.path.abspath(source), source), processor=processor)

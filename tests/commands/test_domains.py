@@ -183,6 +183,23 @@ def test_what_cannot_be_written_is_not_said_to_be_done(samoe, copy_of, monkeypat
     assert samoe("domains", "rename", copy_of, "a", "c", "--in-place", fails=True).startswith("error: MODEL ")
 
 
+def test_a_stopped_change_leaves_no_half_of_a_model_and_loses_no_picture(samoe, folder, copy_of, tmp_path, monkeypatch):
+    save = SamoeModel.save_pretrained
+
+    def save_and_stop(*arguments, **options):
+        save(*arguments, **options)
+        raise KeyboardInterrupt
+
+    (copy_of / "examples").mkdir()
+    Image.new("RGB", (8, 8)).save(copy_of / "examples" / "a.png")
+    monkeypatch.setattr(SamoeModel, "save_pretrained", save_and_stop)
+    for target in (["--output", tmp_path / "new"], ["--in-place"]):
+        with pytest.raises(KeyboardInterrupt):
+            samoe("domains", "rename", copy_of, "a", "c", *target)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["copy"]
+    assert "c  " in samoe("domains", "list", copy_of) and (copy_of / "examples" / "c.png").is_file()
+
+
 def test_a_folder_that_cannot_be_made_is_named_in_a_line(samoe, folder, tmp_path, monkeypatch):
     make = Path.mkdir
 
