@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 
 from samoe_hf.errors import InputError, input_errors
 from samoe_hf.model.weights_io import can_lock
-from samoe_hf.whole_files import clear_unfinished, write_text
+from samoe_hf.whole_files import clear_unfinished
 
 # Data loader workers of a process that was killed hold its lock until they notice.
 WAIT_FOR_WORKERS = 20
@@ -98,7 +98,7 @@ class OneWriter:
             self._lock.release()  # of a file that the one before had just removed
         command = TOKENS.sub(r"\1…", shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]))
         about = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time(), "command": command[:300]}
-        write_text(self._about, json.dumps(about))
+        self._about.write_text(json.dumps(about), encoding="utf-8")
 
     def _writer(self) -> dict[str, Any]:
         """What the other process says of itself; it may just begin, or end."""
