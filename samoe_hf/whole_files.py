@@ -1,5 +1,6 @@
 """Files and folders that are written whole or not at all, and what killed processes left of them."""
 
+import hashlib
 import os
 import re
 import shutil
@@ -11,6 +12,7 @@ from pathlib import Path
 from samoe_hf.model.weights_io import UNSAVED, finish_save, sync
 
 _HEX = "[0-9a-f]{32}"
+_MANY_BYTES = 200  # names of files have 255 at most, and temporary ones are longer
 
 
 @contextmanager
@@ -22,7 +24,7 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex}{path.suffix}")
+    temporary = path.with_name(f".{_short(path.stem)}.{uuid.uuid4().hex}{path.suffix}")
     try:
         yield temporary
         sync(temporary)
@@ -52,7 +54,7 @@ def new_folder(folder: str | os.PathLike, overwrite: bool = False) -> Iterator[P
             raise FileExistsError(f"{folder} exists and is not an empty folder; give another output.")
 
     check()
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+    temporary = target.with_name(f".{_short(target.name)}.{uuid.uuid4().hex}")
     old = temporary.with_name(f"{temporary.name}.old")
     try:
         temporary.mkdir(parents=True)
@@ -81,8 +83,8 @@ def clear_unfinished(target: str | os.PathLike) -> list[str]:
     target = Path(os.path.abspath(target))
     finish_save(target)
     cleared = []
-    stem, suffix = (re.escape(text) for text in (target.stem, target.suffix))
-    beside = re.compile(rf"\.{re.escape(target.name)}\.{_HEX}(\.old)?|\.{stem}\.{_HEX}{suffix}")
+    name, stem, suffix = map(re.escape, (_short(target.name), _short(target.stem), target.suffix))
+    beside = re.compile(rf"\.{name}\.{_HEX}(\.old)?|\.{stem}\.{_HEX}{suffix}")
     for path in target.parent.iterdir() if target.parent.is_dir() else ():
         if beside.fullmatch(path.name):
             cleared.append(path.name)
@@ -98,6 +100,11 @@ def clear_unfinished(target: str | os.PathLike) -> list[str]:
                 _remove(Path(folder, name))
         folders[:] = [name for name in folders if name not in cleared and name != "masks"]
     return cleared
+
+
+def _short(name: str) -> str:
+    """A name, or in place of a long one its hash."""
+    return name if len(os.fsencode(name)) <= _MANY_BYTES else hashlib.sha256(os.fsencode(name)).hexdigest()
 
 
 def _remove(path: Path) -> None:

@@ -73,6 +73,18 @@ def test_a_file_is_whole_or_not_there(tmp_path):
     assert path.read_text() == "first" and list(path.parent.iterdir()) == [path]
 
 
+def test_names_may_be_as_long_as_the_disk_takes_them(tmp_path):
+    path, folder = tmp_path / f"{'視' * 83}.json", tmp_path / ("視" * 85)
+    write_text(path, "whole")
+    with new_folder(folder) as temporary:
+        write_text(temporary / path.name, "whole")
+    assert path.read_text() == (folder / path.name).read_text() == "whole" and len(list(tmp_path.iterdir())) == 2
+    unfinished = [whole_file(path), new_folder(folder, overwrite=True)]
+    unfinished[0].__enter__().write_text("half")
+    unfinished[1].__enter__()
+    assert clear_unfinished(path) and clear_unfinished(folder) and len(list(tmp_path.iterdir())) == 2
+
+
 @pytest.mark.parametrize("open_folder", [new_folder, updated_folder])
 def test_a_folder_is_written_whole_or_not_at_all(tmp_path, open_folder):
     with pytest.raises(RuntimeError), open_folder(tmp_path / "out") as temporary:
