@@ -178,6 +178,7 @@ class SamoeTrainer(Trainer):
         self.depends_on: dict[str, Any] = {}
         self._made_from: dict[str, Any] | None = None
         self._rates: dict[str, float] = {}  # of the last step, by set
+        self.resumed_from = ""  # a checkpoint
         self.steps_of_epoch = 1
         self.add_callback(RunCallback(self))
 
@@ -191,7 +192,7 @@ class SamoeTrainer(Trainer):
             InputError: if there is no whole checkpoint, or it is of another run; if nothing is to be resumed, but
                 `output_dir` has checkpoints, and not `overwrite_output_dir`; or if another process writes there.
         """
-        folder, checkpoint = self.args.folder, None
+        folder, self.resumed_from = self.args.folder, ""
         with self.writer:
             if resume_from_checkpoint or self.args.save_strategy != SaveStrategy.NO:
                 model = unwrapped(self.model)
@@ -201,7 +202,7 @@ class SamoeTrainer(Trainer):
                 clear_checkpoints(folder)
             self.accelerator.wait_for_everyone()
             if resume_from_checkpoint:
-                checkpoint = resolve_checkpoint(resume_from_checkpoint, self.args)
+                checkpoint = self.resumed_from = resolve_checkpoint(resume_from_checkpoint, self.args)
                 is_of_another = Path(checkpoint).resolve().parent != folder.resolve() and list_checkpoints(folder)
                 if is_of_another and not self.args.overwrite_output_dir:
                     raise InputError(ANOTHER_RUN.format(folder))
@@ -214,7 +215,7 @@ class SamoeTrainer(Trainer):
                 self.accelerator.wait_for_everyone()
                 for other in others if self.is_world_process_zero() else []:
                     remove_checkpoint(other)
-            return super().train(checkpoint, **kwargs)
+            return super().train(self.resumed_from or None, **kwargs)
 
     def get_train_dataloader(self) -> DataLoader:
         """As in Trainer. A dataset without a length starts again where it ends, which is no end of an epoch."""
@@ -501,6 +502,12 @@ class RunCallback(TrainerCallback):
 
     def __init__(self, trainer: SamoeTrainer):
         self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        # A resumed run may lie elsewhere than when it was stopped, and its best checkpoint with it.
+        best = Path(self.trainer.resumed_from, f"../{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}").resolve()
+        if self.trainer.resumed_from and best.is_dir():
+            state.best_model_checkpoint = str(best)
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         self.trainer.training_logs.num_steps += 1

@@ -12,7 +12,7 @@ from helpers.own_videos import save_videos
 from samoe_hf import SamoeModel
 from samoe_hf.data.synthetic import SyntheticVideos
 from samoe_hf.errors import InputError
-from samoe_hf.training.trainer import build_trainer
+from samoe_hf.training.trainer import SamoeTrainer, build_trainer
 
 RUN = """
 num_frames: 2
@@ -78,6 +78,16 @@ def test_the_model_of_a_resumed_run_is_that_of_one_that_was_not_stopped(train, t
         shutil.copytree(tmp_path / "whole" / checkpoint, tmp_path / f"cut_{step}" / checkpoint)
         found, state = train(f"cut_{step}", *options, "--resume_from_checkpoint", "last")
         assert state.global_step == num_steps and same(found, whole), step
+
+
+def test_a_run_that_goes_on_elsewhere_ends_with_its_own_best_model(train, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(SamoeTrainer, "evaluate", lambda self, *_, **__: {"eval_J&F": 1 / self.state.global_step})
+    options = ["--eval_data", data, "--eval_strategy", "steps", "--eval_steps", 1, "--max_steps", 2]
+    options += ["--load_best_model_at_end", "true", "--metric_for_best_model", "J&F"]
+    best, _ = train("out", *options)
+    shutil.copytree(tmp_path / "out", tmp_path / "elsewhere")
+    shutil.copytree(tmp_path / "out" / "checkpoint-2", tmp_path / "out" / "checkpoint-1", dirs_exist_ok=True)
+    assert same(train("elsewhere", *options, "--resume_from_checkpoint", "last")[0], best)
 
 
 def test_a_run_goes_on_only_with_what_it_was_made_from(train, model_folder, data, tmp_path, capsys, monkeypatch):
