@@ -9,7 +9,7 @@ refused.
 from __future__ import annotations
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from os.path import commonprefix
@@ -366,16 +366,25 @@ def split_by_name(source: Source) -> dict[str, Source]:
         groups.setdefault((parts[0].strip(" _-."), parts[1].strip(" _-.")), ([], []))[0].append(path)
     if len(groups) < 2 or ("", "") in groups or min(len(images) for images, _ in groups.values()) < 2:
         return {}
+    # A mask is looked up by the parts that it has, and not compared with each video.
+    order = {parts: place for place, parts in enumerate(groups)}
+    counts = Counter(part for parts in groups for part in parts if part)
+    with_part: dict[str, list[tuple[str, str]]] = defaultdict(list)  # by the part that fewer of them have
+    for parts in groups:
+        with_part[min(filter(None, parts), key=counts.__getitem__)].append(parts)
+    lengths = {len(part) for part in counts}
     for mask in source.masks:
         text = f"{one_form(mask.folder or '')}/{plain_name(mask.path.stem)}"
-        own = [g for g in groups if all(re.search(rf"(?<![^\W_]){re.escape(p)}(?:[\W_\d]|$)", text) for p in g if p)]
+        starts = [match.start() for match in re.finditer(r"(?<![^\W_])", text)]
+        held = {text[s : s + n] for s in starts for n in lengths if re.match(r"[\W_\d]|$", text[s + n :])}
+        own = [parts for part in held for parts in with_part.get(part, ()) if held.issuperset(filter(None, parts))]
         if not own:
             names = ", ".join(" ".join(filter(None, parts)) for parts in sorted(groups)[:3])
             raise SampleError(
                 f"{mask.path}: names none of the {len(groups)} videos whose frames are beside each other in "
                 f"{groups.popitem()[1][0][0].parent} ({names}); if they are one, {HINT}"
             )
-        groups[max(own, key=lambda parts: len("".join(parts)))][1].append(mask)
+        groups[min(own, key=lambda parts: (-len("".join(parts)), order[parts]))][1].append(mask)
     return {"_".join(filter(None, parts)): Source(*files) for parts, files in groups.items() if files[1]}
 
 
