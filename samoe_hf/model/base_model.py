@@ -113,6 +113,8 @@ class SamoePreTrainedModel(Sam2VideoModel):
         self._keys_to_ignore_on_load_unexpected = set()
         self.origin = Origin()
         self.may_have_sleeping_experts = True
+        # Those whose experts are new, unless somebody loads them.
+        self.built_domains = set(config.domain_names)
         self.clip_settings = ClipSettings()
         self.gradient_checkpointing = False
         self._graphs: Graphs | None = None

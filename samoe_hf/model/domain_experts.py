@@ -72,6 +72,9 @@ def use_domain(domain: str | DomainUse | None, model: Any = None) -> Iterator[No
     Args:
         domain: its name; or with the strength of its experts, of a model that is not trained.
         model: a SamoeModel, whose experts of the domain are read at once; by default each layer does when it runs.
+
+    Raises:
+        InputError: if the model's experts of the domain were never loaded.
     """
     active = None
     if domain is not None:
@@ -79,6 +82,8 @@ def use_domain(domain: str | DomainUse | None, model: Any = None) -> Iterator[No
         # What PEFT puts around a layer is another.
         own = (layer for layer in layers if isinstance(layer, DomainLinear))
         use = DomainUse(domain) if isinstance(domain, str) else domain
+        if model is not None and use.domain in model.built_domains:
+            _check_loaded(model, use.domain)
         active = _Active(use, {layer: layer.experts_of(use.domain) for layer in own})
     token = _active.set(active)
     try:
@@ -361,6 +366,22 @@ def domain_modules(model: nn.Module, domain: str) -> Iterator[tuple[str, DomainE
         experts = getattr(module, PREFIX + domain, None) if isinstance(module, DomainLinear) else None
         if experts is not None:
             yield name, experts
+
+
+def _check_loaded(model: Any, domain: str) -> None:
+    """Refuses experts that still are as the configuration built them, where they are used, or the gate, which is among
+    a folder's own tensors, knows the domain: accelerate reads those alone, and would give the base's masks in silence.
+    """
+    experts = [experts.lora_B for _, experts in domain_modules(model, domain)]
+    if not experts or any(not tensor.is_meta and bool(tensor.any()) for tensor in experts):
+        model.built_domains.remove(domain)
+        return
+    gate = model.domain_gate
+    if not (model.training and torch.is_grad_enabled()) or gate.counts[gate.domains.index(domain)] > 0:
+        raise InputError(
+            f"The experts of the domain {domain!r} were not loaded: the model was built from a configuration, and they "
+            "lie in a file of their own. `SamoeModel.from_pretrained` reads it."
+        )
 
 
 def module_domain(name: str) -> str | None:

@@ -123,6 +123,7 @@ def _load(cls: type[SamoePreTrainedModel], request: LoadRequest) -> tuple[SamoeP
     else:
         model, info, new = _load_whole(cls, request, config, hub, more_experts)
     model.origin.commit, model.origin.image_size = commit, saved_size
+    model.built_domains.clear()
     if config.domains and image_size != saved_size:
         message = "The gate has learned domains on frames of %d pixels; on %d it may take a video for another's."
         logger.warning(message, saved_size, image_size)

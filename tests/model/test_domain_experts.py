@@ -5,6 +5,7 @@ import threading
 
 import pytest
 import torch
+from accelerate import load_checkpoint_and_dispatch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
@@ -316,6 +317,25 @@ def test_saved_and_loaded_it_is_the_same(gated, two_clips, tmp_path):
         assert torch.equal(clip_masks(loaded, two_clips, name), clip_masks(gated, two_clips, name))
     assert_same_gate_in(torch.float16, tmp_path, gated)
     assert_known_without_further_features(tmp_path, gated)
+
+
+def test_a_folder_whose_own_tensors_alone_were_read_into_a_model_gives_no_masks_of_its_domains(
+    gated, two_clips, tmp_path
+):
+    gated.save_pretrained(tmp_path)
+    model = load_checkpoint_and_dispatch(SamoeModel(gated.config), tmp_path, device_map={"": "cpu"}).eval()
+    assert torch.equal(clip_masks(model, two_clips, None), clip_masks(gated, two_clips, None))  # the base's are right
+    for mode in (False, True):
+        with pytest.raises(InputError, match=r"'a'.*from_pretrained"):
+            model.train(mode)(*two_clips, domain="a")
+    for _, experts in domain_modules(model, "b"):
+        torch.nn.init.normal_(experts.lora_B)
+    model.eval()(*two_clips, domain="b")  # has been made otherwise
+
+    new = SamoeModel(gated.config)  # of which nothing was read
+    new.train()(*two_clips, domain="a").loss.backward()
+    model.load_state_dict(gated.state_dict())
+    assert torch.equal(clip_masks(model, two_clips, "a"), clip_masks(gated, two_clips, "a"))
 
 
 def test_what_was_trained_is_saved_alone_and_grows_by_domain(base, two_clips, tmp_path, processor, domain_videos):
