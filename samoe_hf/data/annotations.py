@@ -15,7 +15,7 @@ from scipy.ndimage import maximum_filter, minimum_filter
 
 from .frames import SampleError, named_errors, say_once
 from .image_files import Page
-from .images import read_label_png
+from .images import read_label_png, white_is_id
 from .shapes import draw
 
 HINT = "`binary: true` (`year: 2016` for the kind davis) reads every value above 0 as the object"
@@ -103,8 +103,8 @@ class IdVolume(LabelMaps):
 class LabelImages(LabelMaps):
     """One label image per annotated frame.
 
-    White (255, or 65535 of 16 bits) is no object's id: where all labels of a video are white or 0, they are masks of
-    one object, 1; beside other ids it is a border or void, and is left out.
+    White (255, or 65535 of 16 bits) is no object's id, unless the file says so: where all labels of a video are white
+    or 0, they are masks of one object, 1; beside other ids it is a border or void, and is left out.
 
     Args:
         images: frame index -> palette, gray or 16-bit label image: its path, the bytes of its file, or a page.
@@ -139,6 +139,8 @@ class LabelImages(LabelMaps):
         white = 65535 if ids.max(initial=0) > 255 else 255
         is_white = ids == white
         if self.binary is False or not is_white.any() or (ids.itemsize > 1 and white < max(self._values)):
+            return ids
+        if white_is_id(self.images[frame], self.source(frame)):
             return ids
         if has_soft_edges(ids):
             raise SampleError(f"{self.source(frame)}: a mask with soft edges, whose shades are no objects' ids; {HINT}")

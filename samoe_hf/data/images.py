@@ -34,6 +34,8 @@ from .image_files import (
 
 Window = tuple[float, float]
 LABEL_FORMATS = ("BMP", "GIF", "PNG", "PPM", "TIFF", "WEBP")  # which can keep every value
+# What a PNG of labels says where white, which others have for void or as the only object, is an object's id.
+WHITE_IS_ID = ("white", "id")
 SAMPLED_FRAMES = 16  # by which the window of a video is found
 
 
@@ -312,6 +314,8 @@ def voc_palette() -> np.ndarray:
 def write_palette_png(path: str | Path, ids: np.ndarray, text: PngInfo | None = None) -> None:
     """Writes (H, W) integer ids, 0 for background, as a palette PNG in DAVIS' colours, with text if it is given.
 
+    Where 255 is among them, the file says that it is an id, so that [`~annotations.LabelImages`] reads it as one.
+
     Raises:
         ValueError: ids outside 0..255, which a palette cannot hold, or another shape or dtype.
     """
@@ -321,7 +325,17 @@ def write_palette_png(path: str | Path, ids: np.ndarray, text: PngInfo | None = 
         raise InputError(f"{path}: ids {ids.min()} to {ids.max()}; a palette holds 0 to 255, so renumber the objects")
     image = Image.fromarray(ids.astype(np.uint8))
     image.putpalette(voc_palette().tobytes())
+    if (ids == 255).any():
+        text = text or PngInfo()
+        text.add_text(*WHITE_IS_ID)
     image.save(path, pnginfo=text)
+
+
+def white_is_id(source: Source, name: str) -> bool:
+    """Whether a label image says that its white is an object's id."""
+    key, value = WHITE_IS_ID
+    with open_page(source, name) as picture:
+        return picture.image.info.get(key) == value
 
 
 # --- Intensities of more than 8 bits as gray values

@@ -9,12 +9,13 @@ from typing import get_args
 
 import numpy as np
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from samoe_hf.errors import InputError
 
 from .annotations import LabelImages, ObjectImages, has_soft_edges
 from .frames import SampleError, check_inside
-from .images import read_label_png, write_palette_png
+from .images import WHITE_IS_ID, read_label_png, write_palette_png
 from .layouts import MaskFormat
 from .schema import Video
 
@@ -83,7 +84,9 @@ class MaskFiles:
         if max(ids, default=0) < 256:
             write_palette_png(paths[0], id_map)
         else:
-            Image.fromarray(id_map).save(paths[0])
+            text = PngInfo()
+            text.add_text(*WHITE_IS_ID)
+            Image.fromarray(id_map).save(paths[0], pnginfo=text)
 
     def read(self, video: Video, frame: int, object_ids: Sequence[int] | None = None) -> np.ndarray:
         """The masks (N, H, W) bool of a frame, by default of all objects.

@@ -35,6 +35,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
 
 NUM_HELD = 32  # frames of a video file
 NO_OBJECT = -1024.0  # the logit of an object that is gone
@@ -527,10 +528,12 @@ def main() -> None:
         with TemporaryDirectory(dir=parsed.masks.parent, prefix=".masks") as temporary:
             folder = Path(temporary) / "masks"
             folder.mkdir()
+            text = PngInfo()
+            text.add_text("white", "id")  # so that samoe_hf does not read 255 as void
             for t, ids, logits in tracked:
                 # A pixel belongs to the object of the largest positive logit.
                 best = np.where(logits.max(axis=0) > 0, logits.argmax(axis=0) + 1, 0)
-                Image.fromarray(np.array([0, *ids], np.uint8)[best]).save(folder / f"{names[t]}.png")
+                Image.fromarray(np.array([0, *ids], np.uint8)[best]).save(folder / f"{names[t]}.png", pnginfo=text)
             folder.rename(parsed.masks)
     except (InputError, ImportError, OSError) as error:
         sys.exit(f"error: {error}")

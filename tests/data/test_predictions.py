@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from samoe_hf.data import SampleError, Video, voc_palette
+from samoe_hf.data import SampleError, Video, load_videos, voc_palette
 from samoe_hf.data.annotations import MaskArrays
+from samoe_hf.data.formats.davis import write_davis
 from samoe_hf.data.frames import ArrayFrames, check_inside
 from samoe_hf.data.layouts import layout_of
 from samoe_hf.data.predictions import MaskFiles
@@ -59,6 +60,18 @@ def test_larger_ids_are_kept_in_16_bits_and_overlaps_in_folders_of_objects(tmp_p
     files, masks[:] = MaskFiles(tmp_path / "objects", "sa_v"), True
     files.write(far, 0, masks[0])
     np.testing.assert_array_equal(files.read(far, 0), masks[0])
+
+
+@pytest.mark.parametrize("object_ids", [[255], [2, 255], [255, 300], [65535]])
+def test_white_is_an_id_where_it_was_written_as_one(tmp_path, object_ids):
+    masks = np.zeros((2, len(object_ids), 6, 8), dtype=bool)
+    for row in range(len(object_ids)):
+        masks[:, row, 3 * row : 3 * row + 2] = True
+    masks[1, 1:] = False
+    video = make_video(object_ids, masks)
+    write_davis([video], tmp_path)
+    (read,) = load_videos("davis", tmp_path)
+    assert read.object_ids == object_ids and [read.visible(t) for t in (0, 1)] == [object_ids, object_ids[:1]]
 
 
 def test_255_is_object_1_where_there_is_no_other(tmp_path):
