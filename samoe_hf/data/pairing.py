@@ -12,6 +12,8 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
+from operator import mul
 from os.path import commonprefix
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -44,6 +46,12 @@ DAY = r"(?:(?:19|20)\d\d([-_.]?)(?:0[1-9]|1[0-2])\1(?:[0-2]\d|3[01])|[0-3]\d([-_
 TIME = r"(?:[01]\d|2[0-3])[-_.:hH]?[0-5]\d[-_.:mM]?[0-5]\d[-_.:sS]?\d*"
 CLOCK = r"^\d\d[-_:]\d\d[-_:]\d\d(?:\.\d+|[-:]\d{3})?(?!\d)"  # with milliseconds, or without
 NUMBER = rf"{DAY}[-_.T ]{{1,3}}{TIME}|{CLOCK}|\d{{9,}}[-_.]\d+|^\d+\.\d+|\d+"
+# Ends of names that are times where they lie at even distances, and what their numbers count, in the last one's unit.
+TIMES = (
+    (r"(.*\D)?(\d\d)[-_.:](\d\d)[-_.:](\d\d)[-.:](\d{3})", (3_600_000, 60_000, 1000, 1)),
+    (r"(.*\D)?(\d\d)[-_.:](\d\d)[-_.:](\d\d)", (3600, 60, 1)),
+    (r"(.*\D)?(\d+)[-.:](\d{3})", (1000, 1)),
+)
 ROBOFLOW = re.compile(r"_[A-Za-z]{3,4}\.rf\.\w+?(?=_mask$|$)")
 LABEL_STUDIO = re.compile(r"task-\d+-annotation-")
 HINT = 'name them: `masks` takes a pattern such as "masks/{video}/{frame}_{object}.png"'
@@ -366,6 +374,8 @@ def split_by_name(source: Source) -> dict[str, Source]:
         groups.setdefault((parts[0].strip(" _-."), parts[1].strip(" _-.")), ([], []))[0].append(path)
     if len(groups) < 2 or ("", "") in groups or min(len(images) for images, _ in groups.values()) < 2:
         return {}
+    if _are_times([path.stem for images, _ in groups.values() for path in images]):
+        return {}
     # A mask is looked up by the parts that it has, and not compared with each video.
     order = {parts: place for place, parts in enumerate(groups)}
     counts = Counter(part for parts in groups for part in parts if part)
@@ -386,6 +396,22 @@ def split_by_name(source: Source) -> dict[str, Source]:
             )
         groups[min(own, key=lambda parts: (-len("".join(parts)), order[parts]))][1].append(mask)
     return {"_".join(filter(None, parts)): Source(*files) for parts, files in groups.items() if files[1]}
+
+
+def _are_times(stems: Sequence[str]) -> bool:
+    """Whether names are times of one video, at even distances: `cam-12-30-45`, or seconds and milliseconds, `11-250`.
+
+    Distances of 1 are none of times where a group is as long as its numbers allow, as a clip of 60 frames is.
+    """
+    for pattern, units in TIMES:
+        found = [match for stem in stems if (match := re.fullmatch(pattern, stem))]
+        if len(found) == len(stems) and len({match[1] for match in found}) == 1:
+            numbers = (map(int, match.groups()[1:]) for match in found)
+            times = sorted(sum(map(mul, own, units)) for own in numbers)
+            steps = [after - before for before, after in pairwise(times)]
+            is_full = times[0] % units[-2] == 0 and (times[-1] + 1) % units[-2] == 0
+            return max(steps) <= 1.5 * min(steps) and not (is_full and min(steps) == 1)
+    return False
 
 
 # --- Masks in files of several pages

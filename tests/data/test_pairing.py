@@ -150,6 +150,9 @@ def test_the_first_number_of_images_masks_may_be_told(tmp_path):
         [f"IMG_202305{1 + t // 3:02d}_12000{t}" for t in range(6)],
         [f"vlcsnap-2023-05-01-12h30m{t // 4:02d}s{t % 4 * 250:03d}" for t in range(8)],
         [f"12-30-{58 + t // 4}-{t % 4 * 250:03d}" for t in range(8)], [f"31-05-2023 12-30-0{t}" for t in range(8)],
+        *([f"{before}{8 + t // 4}-{t % 4 * 250:03d}" for t in range(12)] for before in ("t-", "")),
+        [f"cam-12-{30 + t // 6}-{t % 6 * 10:02d}" for t in range(12)],
+        [f"cam_12-{30 + t // 60}-{t % 60:02d}-{v}" for t in range(58, 62) for v in ("067", "567")],
         [f"event_{t}" for t in range(-5, 4)], ["-1.0", "-0.75", "-0.5", "0.0", "0.25", "0.5"],
     ],
     ids=lambda times: times[0],
@@ -162,6 +165,15 @@ def test_times_as_names_are_one_video_in_their_order(times, tmp_path):
     (video,) = load_videos(tmp_path)
     assert video.frames.names == times and video.annotated_frames == list(range(len(times)))
     assert [int(video.masks(t)[0].any(axis=0).argmax()) for t in video.annotated_frames] == list(range(len(times)))
+
+
+@pytest.mark.parametrize("lengths, name", [((4, 4), "{}-{:03d}"), ((60, 60), "take-01-{}-{:02d}")])
+def test_numbers_that_are_no_times_at_even_distances_tell_videos(lengths, name, tmp_path):
+    for clip, length in enumerate(lengths, 11):
+        for t in range(length):
+            save_image(tmp_path / "frames" / f"{name.format(clip, t)}.png", np.zeros((*SIZE, 3), np.uint8))
+            save_image(tmp_path / "masks" / f"{name.format(clip, t)}.png", label_map((1, 3)))
+    assert [len(video) for video in load_videos(tmp_path)] == [*lengths]
 
 
 def test_roboflows_hashes_leave_the_videos_apart(tmp_path):
