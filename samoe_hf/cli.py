@@ -5,6 +5,7 @@ import io
 import logging
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
 from types import TracebackType
 
@@ -31,8 +32,10 @@ COMMANDS = {
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs `samoe COMMAND ARGUMENTS`; `sys.argv` if no arguments are given."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # "?" for letters that a terminal does not have
+        # Not of a stream that was closed, or whose file was exchanged for a pipe.
+        with suppress(OSError, ValueError):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="replace")  # "?" for letters that a terminal does not have
     arguments = expand_home(list(sys.argv[1:] if arguments is None else arguments))
     if arguments[:1] == ["help"]:
         arguments = [*arguments[1:2], "--help"]

@@ -1,6 +1,7 @@
 """The table of commands, their help texts, and what becomes of an error."""
 
 import errno
+import io
 import re
 import subprocess
 import sys
@@ -123,6 +124,17 @@ def test_a_user_who_stops_a_command_is_told_no_more(command, capsys, monkeypatch
     sys.excepthook(stopped.type, stopped.value, stopped.tb)
     said = capsys.readouterr().err
     assert "Traceback" in said if arguments else said == "stopped\n"
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ESPIPE, "Illegal seek"), ValueError("I/O operation on closed file")])
+def test_output_may_go_where_python_did_not_expect_it(monkeypatch, error):
+    class Stream(io.TextIOWrapper):
+        reconfigure = Mock(side_effect=error)  # as where a pipe has taken the place of a file
+
+    monkeypatch.setattr(sys, "stderr", Stream(io.BytesIO()))
+    with pytest.raises(SystemExit, match="^0$"):
+        main(["--version"])
+    assert Stream.reconfigure.called
 
 
 class Damaged:
