@@ -76,7 +76,11 @@ def run(parsed: argparse.Namespace) -> None:
         check_output_dir(trainer.args, None)  # another process may have written there meanwhile
         resume = trainer.args.resume_from_checkpoint
         if trainer.eval_dataset and resume is None:
-            trainer.log_metrics("eval", trainer.evaluate())
+            metrics, wanted = trainer.evaluate(), trainer.args.metric_for_best_model
+            names = [name.removeprefix("eval_") for name in metrics]
+            if wanted is not None and wanted.removeprefix("eval_") not in names:
+                raise InputError(f"`metric_for_best_model` must be one of {', '.join(names)}, got {wanted!r}.")
+            trainer.log_metrics("eval", metrics)
         trainer.train(resume_from_checkpoint=resume)
         with input_errors():
             trainer.save_model()

@@ -1,6 +1,7 @@
 """Arguments of a training run, from its YAML and the command line."""
 
 import argparse
+import json
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -224,6 +225,13 @@ class SamoeTrainingArguments(TrainingKeys, TrainingArguments):
             self.ddp_find_unused_parameters = True
         if not torch.accelerator.is_available():
             self.dataloader_pin_memory = False  # there is nothing to copy to, and PyTorch warns
+        for name in self._VALID_DICT_FIELDS:  # some of which may be files instead
+            text = getattr(self, name)
+            if isinstance(text, str) and (text.startswith("{") or name.endswith("_kwargs")):
+                try:
+                    dict(json.loads(text))
+                except (ValueError, TypeError) as error:
+                    raise InputError(f'`{name}` must be JSON, such as {{"KEY": 1e-6}}, got {text!r}.') from error
         with setting_errors():
             super().__post_init__()
         if by_metric:  # which PyTorch takes for a loss

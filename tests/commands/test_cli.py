@@ -132,7 +132,7 @@ def test_output_may_go_where_python_did_not_expect_it(monkeypatch, error):
         reconfigure = Mock(side_effect=error)  # as where a pipe has taken the place of a file
 
     monkeypatch.setattr(sys, "stderr", Stream(io.BytesIO()))
-    with pytest.raises(SystemExit, match="^0$"):
+    with pytest.raises(SystemExit, match=r"^0$"):
         main(["--version"])
     assert Stream.reconfigure.called
 

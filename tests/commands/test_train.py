@@ -52,6 +52,7 @@ def test_it_writes_a_model_whose_experts_alone_have_changed(samoe, smoke_config,
         ("train_data: []", "`train_data` must name at least one dataset"),
         ("train_data: [{kind: davi}]", "'davi'"),
         (": [", "is not YAML"),
+        ("metric_for_best_model: loss", "`metric_for_best_model` must be one of J, F, J&F, shapes_J"),
         ("model_name_or_path: base.pt", "base.pt: no such file"),
     ],
 )

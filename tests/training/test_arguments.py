@@ -51,6 +51,8 @@ def test_bad_values_are_refused_by_name(run, line, message):
         (["--learning_rate", "nan"], "`learning_rate` must be at least 0, got nan"),
         (["--learning_rat", "1"], "There is no option --learning_rat; did you mean '--learning_rate'?"),
         (["--lora_rank", "x"], "error: argument --lora_rank/--lora-rank: expected an integer of at least 1, got 'x'"),
+        (["--lr_scheduler_kwargs", "{min_lr: 1}"], "`lr_scheduler_kwargs` must be JSON, such as"),
+        (["--lr_scheduler_kwargs", "5"], "`lr_scheduler_kwargs` must be JSON, such as"),
     ],
 )
 def test_bad_options_of_train_and_adapt(run, tmp_path, options, message):
