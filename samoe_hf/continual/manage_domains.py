@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from transformers import PreTrainedConfig
 from transformers.utils import cached_file
 
 from samoe_hf.data.annotations import Shapes
@@ -17,6 +18,7 @@ from samoe_hf.data.schema import Video
 from samoe_hf.errors import InputError, input_errors
 from samoe_hf.evaluation.report import NO_NUMBER, describe_choice
 from samoe_hf.hub.repository import find_domains
+from samoe_hf.model.base import MODEL_TYPES
 from samoe_hf.model.base_model import build_on_meta
 from samoe_hf.model.configuration_samoe import SamoeConfig
 from samoe_hf.model.domain_experts import domain_tensors, module_domain
@@ -167,11 +169,15 @@ def save_as_it_came(
     output: str | os.PathLike,
     examples: Mapping[str, str] | None = None,
 ) -> None:
-    """Saves a model that was loaded from `source`: whole, or only what was trained; `examples`: pictures by domain.
+    """Saves a model that was loaded from `source`: whole, or only what was trained, which names a base of the Hub.
 
     `output` is the source itself, or a new folder, which is written whole or not at all; another one is an InputError.
+    `examples` are pictures by domain.
     """
-    base = (model.origin.source or {}).get("name_or_path")
+    is_whole = (model.origin.source or {}).get("name_or_path") in (os.path.abspath(source), source)
+    if is_whole and not os.path.exists(source):
+        config, _ = PreTrainedConfig.get_config_dict(source, revision=model.origin.commit)
+        is_whole = config.get("model_type") not in MODEL_TYPES
     in_place = os.path.isdir(source) and os.path.abspath(output) == os.path.abspath(source)
     with input_errors(), nullcontext(output) if in_place else new_folder(output) as folder:
         # Before the model, which would stay without them where this is stopped.
@@ -180,4 +186,4 @@ def save_as_it_came(
             if not (target.exists() and target.samefile(path)):
                 with whole_file(target) as copy:
                     shutil.copyfile(path, copy)
-        model.save_pretrained(folder, experts_only=base not in (os.path.abspath(source), source), processor=processor)
+        model.save_pretrained(folder, experts_only=not is_whole, processor=processor)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from safetensors.torch import load
-from transformers import AutoProcessor, dynamic_module_utils
+from transformers import AutoProcessor, Sam2VideoConfig, Sam2VideoModel, dynamic_module_utils
 from transformers.dynamic_module_utils import get_class_from_dynamic_module, get_imports, get_relative_import_files
 
 from helpers.edgetam import edgetam_model, needs_timm
@@ -282,6 +282,19 @@ def test_of_many_domains_only_the_one_that_is_taken_is_fetched(server, base, tmp
     for other, message in (("tester/none", "tester/none"), ("a b", "'a b' is neither a folder or file here")):
         with pytest.raises(SystemExit, match=message):
             main(["domains", "add", "tester/one", other, *words[:3], str(tmp_path / "other")])
+
+
+def test_domains_are_added_to_a_plain_base_of_the_hub_by_its_name(server, base, tmp_path):
+    Sam2VideoModel(Sam2VideoConfig(**base.config.to_dict())).save_pretrained(tmp_path / "plain")
+    server.repositories["tester/plain"] = repository = Repository()
+    repository.commit({path.name: path.read_bytes() for path in (tmp_path / "plain").iterdir()})
+    model = SamoeModel.from_pretrained("tester/plain")
+    rename_domain(model, None, "mine")
+    model.save_pretrained(tmp_path / "mine", experts_only=True)
+    main(["domains", "add", "tester/plain", str(tmp_path / "mine"), "--output", str(tmp_path / "out")])
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["base_model"]
+    assert (config["name_or_path"], config["revision"]) == ("tester/plain", repository.branches["main"])
+    assert_same_tensors(SamoeModel.from_pretrained(tmp_path / "out"), model)
 
 
 def test_domains_are_found_also_where_a_card_was_written_by_hand(server, base):
