@@ -11,6 +11,7 @@ from huggingface_hub import HfApi
 
 from samoe_hf import __version__
 from samoe_hf.errors import InputError
+from samoe_hf.model.configuration_samoe import SamoeConfig
 from samoe_hf.whole_files import new_folder
 
 from .models import load_model, small_model
@@ -35,6 +36,12 @@ def write_space(folder: Path, model: str | None = None, wheel: Path | None = Non
     if model is not None and Path(model).is_file():
         raise InputError(f"`model` must be a folder or an id of the Hub, got {model}; `samoe convert` makes a folder.")
     is_folder = model is not None and Path(model).is_dir()
+    base = (SamoeConfig.from_pretrained(model).base_model or {}).get("name_or_path") if is_folder else None
+    if base is not None and os.path.isabs(base):
+        raise InputError(
+            f"`model` {model} holds only what was trained, and its base {base} is on this machine alone; "
+            f"`samoe convert {model} --output DIR` writes a whole model."
+        )
     title = "samoe" if model is None else f"samoe {PurePosixPath(model).name}"
     about = {
         "title": json.dumps(title),

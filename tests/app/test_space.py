@@ -17,6 +17,7 @@ import yaml
 
 from helpers.app_server import Visitor
 from helpers.wheel import build_wheel
+from samoe_hf import SamoeModel
 from samoe_hf.app.space import push_space, write_space
 from samoe_hf.cli import main
 
@@ -68,7 +69,7 @@ def test_a_name_cannot_leave_its_quotes(tmp_path):
     assert runpy.run_path(str(tmp_path / "space" / "app.py"))["MODEL"] == 'x"; import os #'
 
 
-def test_what_is_there_stays(tmp_path, fake_wheel):
+def test_what_is_there_stays_and_what_cannot_run_there_is_refused(tmp_path, fake_wheel, model_folder):
     (tmp_path / "space").mkdir()
     (tmp_path / "space" / "file").write_text("mine")
     with pytest.raises(FileExistsError):
@@ -77,6 +78,9 @@ def test_what_is_there_stays(tmp_path, fake_wheel):
         write_space(tmp_path / "other", wheel=tmp_path / "space" / "file")
     with pytest.raises(ValueError, match="`samoe convert` makes a folder"):
         write_space(tmp_path / "other", str(fake_wheel))
+    SamoeModel.from_pretrained(model_folder).save_pretrained(tmp_path / "trained", experts_only=True)
+    with pytest.raises(ValueError, match="`samoe convert .*trained --output DIR` writes a whole model"):
+        write_space(tmp_path / "other", str(tmp_path / "trained"))
     assert not (tmp_path / "other").exists() and (tmp_path / "space" / "file").read_text() == "mine"
 
 
