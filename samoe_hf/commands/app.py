@@ -6,7 +6,7 @@
     samoe app MODEL --space DIR --push me/my-space
 
 Without a MODEL, facebook/sam2.1-hiera-tiny runs if it was downloaded before; on a terminal you are asked whether it
-shall be. The small model needs no download, and knows drawn shapes alone.
+shall be. The small model needs no download, and knows drawn videos and little more.
 
 It is served to this machine alone, unless `--host` or `--share` opens it to others. What options do not say, Gradio's
 environment variables do, such as GRADIO_SERVER_NAME and GRADIO_SERVER_PORT. Corrected videos are collected in the
@@ -68,6 +68,11 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(parsed, name)}")
     if parsed.space is None and (parsed.wheel or parsed.push):
         parser.error("--wheel and --push go with --space")
+    if parsed.space is not None:
+        of_space, plain = {"model", "space", "wheel", "push", "traceback"}, vars(parser.parse_args([]))
+        for name, value in vars(parsed).items():
+            if name not in of_space and value != plain[name]:
+                parser.error(f"--{name.replace('_', '-')} does not go with --space, whose page takes none of it along")
     return parsed
 
 

@@ -117,7 +117,9 @@ def test_where_the_page_is_served_is_said_when_it_is(serve, small_model, capsys,
     assert "served at http" not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words", [["--port", "x"], ["--upload-limit", "0"], ["--push", "a/b"]])
+@pytest.mark.parametrize(
+    "words", [["--port", "x"], ["--upload-limit", "0"], ["--push", "a/b"], ["--space", "s", "--data", "d"]]
+)
 def test_options_that_do_not_fit_are_refused(words, capsys):
     with pytest.raises(SystemExit):
         parse_arguments(words)
