@@ -79,7 +79,7 @@ def test_what_is_there_stays_and_what_cannot_run_there_is_refused(tmp_path, fake
     with pytest.raises(ValueError, match="`samoe convert` makes a folder"):
         write_space(tmp_path / "other", str(fake_wheel))
     SamoeModel.from_pretrained(model_folder).save_pretrained(tmp_path / "trained", experts_only=True)
-    with pytest.raises(ValueError, match="`samoe convert .*trained --output DIR` writes a whole model"):
+    with pytest.raises(ValueError, match=r"`samoe convert .*trained --output DIR` writes a whole model"):
         write_space(tmp_path / "other", str(tmp_path / "trained"))
     assert not (tmp_path / "other").exists() and (tmp_path / "space" / "file").read_text() == "mine"
 
