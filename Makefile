@@ -12,7 +12,7 @@ export UV_COMPILE_BYTECODE := 1
 
 OLDEST := .venv-oldest
 
-.PHONY: demo test test-fast test-slow test-oldest lint docs format clean
+.PHONY: demo test test-fast test-slow test-oldest lint lint-windows docs format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python scripts/demo.py
@@ -39,6 +39,10 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-cache
 	NODE_OPTIONS=--max-semi-space-size=64 $(BIN)/basedpyright --level error
+
+# The types of Windows, where some modules are missing.
+lint-windows: $(VENV)/.installed
+	$(BIN)/basedpyright --level error --pythonplatform Windows
 
 # The guides and the API reference, in site/.
 docs: $(VENV)/.installed-docs
