@@ -107,7 +107,7 @@ def run(parsed: argparse.Namespace) -> None:
     with OneWriter(parsed.output):
         usage = expert_usage(model, videos, processor)
         print_usage(usage, parsed.dead_share)
-        files = usage.save(parsed.output, parsed.dead_share)
+        files = []
         if module is None:
             print("No routing maps: no layer with experts has image positions for tokens.")
         else:
@@ -116,4 +116,5 @@ def run(parsed: argparse.Namespace) -> None:
             for video, name in zip(chosen, names, strict=True):
                 maps = routing_maps(model, video, processor, module)
                 files += maps.save(parsed.output / name, parsed.routing_object)
+        files = usage.save(parsed.output, parsed.dead_share) + files  # last: `statistics.json` says that all is there
     print(f"Written: {', '.join(file.name for file in files)} in {parsed.output}")

@@ -3,6 +3,7 @@
 import fnmatch
 import re
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -23,13 +24,16 @@ def two_domains(tmp_path) -> Path:
 
 
 def test_it_shows_two_domains_and_maps_the_first_video_of_each_in_the_chosen_layer(
-    samoe, base_folder, two_domains, tmp_path
+    samoe, base_folder, two_domains, tmp_path, monkeypatch
 ):
     layers = ["memory_attention.layers.0.self_attn.v_proj", QUERY]
     SamoeModel.from_pretrained(base_folder, expert_modules=layers).save_pretrained(tmp_path / "model")
     words = [tmp_path / "model", "--dataset", two_domains, "--output", tmp_path / "out"]
     words += ["--routing-module", "memory_attention.layers.0.self_attn.v_proj", "--routing-object", 1]
-    printed = samoe("experts", *words)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("samoe_hf.analysis.routing.RoutingMaps.save", Mock(side_effect=KeyboardInterrupt))
+        samoe("experts", *words)
+    printed = samoe("experts", *words)  # the same again
     assert "layer 1 cross q" in printed and "domain_information" in printed and "2/2" in printed
     names = {file.name for file in (tmp_path / "out").iterdir()}
     assert {name for name in names if "routing" in name} == {
