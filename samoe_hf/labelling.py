@@ -379,7 +379,8 @@ class LabelRun(RunFolder):
         else:
             written.rename(place)
         sync(place.parent)
-        write_tracks(self.tracks_path(prompted), table)
+        with whole_file(self.tracks_path(prompted)) as path:
+            write_tracks(path, table)
         entry |= {"masks": num_masks, "tracks": _summaries(table)}
         write_text(self.finished_path(prompted), json.dumps(entry))
         return prompted

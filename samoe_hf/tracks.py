@@ -10,7 +10,6 @@ import torch
 
 from samoe_hf.errors import InputError
 from samoe_hf.model.tracking import SamoeTrackingOutput
-from samoe_hf.whole_files import whole_file
 
 STABILITY_LOGIT = 1.0  # SAM's `stability_score_offset`
 
@@ -110,7 +109,7 @@ def track_rows(
 
 def write_tracks(path: str | Path, rows: Iterable[TrackRow]) -> None:
     """Writes rows by frames, then by objects, as a CSV; what is not known is empty, `prompted` is 0 or 1."""
-    with whole_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+    with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(TrackRow._fields)
         writer.writerows(

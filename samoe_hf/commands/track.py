@@ -191,7 +191,8 @@ def run(parsed: argparse.Namespace) -> None:
             if black >= white:
                 raise InputError(f"`--window` must have the smaller intensity first, got {parsed.window!r}.")
             frames.window = black, white
-    with OneWriter(parsed.output, inside=False) as writer, OneWriter(target, "`--masks`", inside=False):
+    others = OneWriter(target, "`--masks`", inside=False), OneWriter(tracks, inside=False)
+    with OneWriter(parsed.output, inside=False) as writer, others[0], others[1]:
         # The overlay is written last: its own masks without it are those of a process that was killed just before.
         was_killed = bool(writer.cleared) and not parsed.output.exists() and parsed.masks is None
         overwrite = parsed.overwrite or was_killed

@@ -186,7 +186,8 @@ def test_an_earlier_run_is_replaced_whole_if_asked_to(track, monkeypatch, model_
     arguments = [model_folder, file, "--point", "40,30", "--output", output]
     assert "o.mp4 exists" in track(*arguments, fails=True)
     # Of a process that was killed just before the end; its masks were others.
-    (tmp_path / f".n.{'0' * 32}.mp4").touch()
+    for name in (f".n.{'0' * 32}.mp4", f".o_tracks.{'0' * 32}.csv"):
+        (tmp_path / name).touch()
     assert "must be a new folder" in track(*arguments[:-1], tmp_path / "n.mp4", "--masks", masks, fails=True)
     track(*arguments, "--overwrite")
     assert len(read_video(output)) == 5
