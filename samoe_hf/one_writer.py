@@ -56,9 +56,14 @@ class OneWriter:
 
     def __enter__(self) -> "OneWriter":
         if self._depth == 0 and is_first_process():
-            with input_errors(f"{self.option} {self.target} cannot be written"):
-                self._acquire()
-            self.cleared = clear_unfinished(self.target)
+            try:
+                with input_errors(f"{self.option} {self.target} cannot be written"):
+                    self._acquire()
+                    self.cleared = clear_unfinished(self.target)
+            except BaseException:
+                if self._lock.is_locked:
+                    self._release()
+                raise
             if self.cleared:
                 print(f"{self.target}: cleared what a stopped process left there, {len(self.cleared)} names.")
         self._depth += 1
@@ -67,11 +72,15 @@ class OneWriter:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._depth -= 1
         if self._depth == 0 and is_first_process():
-            with suppress(OSError):  # Windows removes no open file
-                self._about.unlink()
-                self._file.unlink()
-            self._lock.release()
-            if self._is_new and not any(self.target.iterdir()):
+            self._release()
+
+    def _release(self) -> None:
+        with suppress(OSError):  # Windows removes no open file
+            self._about.unlink(missing_ok=True)
+            self._file.unlink()
+        self._lock.release()
+        if self._is_new:
+            with suppress(OSError):  # something was written, or it is gone
                 self.target.rmdir()
 
     def _acquire(self) -> None:

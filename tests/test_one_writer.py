@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -69,6 +70,19 @@ def test_the_one_who_writes_may_enter_again(tmp_path):
     with other:
         pass
     assert list(tmp_path.iterdir()) == [], "nothing stays of a folder in which nothing was written"
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_full_disk_leaves_nothing_and_says_what_could_not_be_written(tmp_path, monkeypatch, inside):
+    writer = OneWriter(tmp_path / "out", inside=inside)
+    monkeypatch.setattr("pathlib.Path.write_text", Mock(side_effect=OSError(errno.ENOSPC, "No space left")))
+    with pytest.raises(InputError, match=r"`--output` .*out cannot be written: .*No space left"), writer:
+        pass
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.undo()
+    with pytest.raises(ZeroDivisionError), writer:  # and nothing hides an error
+        shutil.rmtree(writer.target, ignore_errors=True)
+        raise ZeroDivisionError
 
 
 def test_of_several_processes_the_first_stands_for_all(tmp_path, monkeypatch):
