@@ -45,9 +45,9 @@ class OneWriter:
         # A folder that is made from here on, be it by others such as Trainer, does not stay empty.
         self._depth, self._is_new = 0, inside and not self.target.exists()
         # Trainer does not upload names that begin with an underscore.
-        folder, name = (self.target, "_writer") if inside else (self.target.parent, f".{self.target.name}.writer")
-        self._file, self._about = folder / f"{name}.lock", folder / f"{name}.json"
-        self._lock = FileLock(self._file)
+        places = self.target / "_writer.lock", self.target.parent / f".{self.target.name}.writer.lock"
+        self._file, self._elsewhere = places if inside else places[::-1]
+        self._about, self._lock = self._file.with_suffix(".json"), FileLock(self._file)
 
     @property
     def files(self) -> set[str]:
@@ -92,8 +92,13 @@ class OneWriter:
             number = self._file.stat().st_ino
             try:
                 self._lock.acquire(timeout=0)
+                if self._elsewhere.exists() and can_lock(self._elsewhere):
+                    with FileLock(self._elsewhere, timeout=0):  # of a command that locks it the other way
+                        pass
             except Timeout:
                 writer = self._writer()
+                if self._lock.is_locked:
+                    self._release()
                 is_alive = writer.get("host") != socket.gethostname() or psutil.pid_exists(writer["pid"])
                 if is_alive or time.monotonic() > start + WAIT_FOR_WORKERS:
                     raise InputError(
@@ -111,9 +116,10 @@ class OneWriter:
 
     def _writer(self) -> dict[str, Any]:
         """What the other process says of itself; it may just begin, or end."""
+        about = self._elsewhere.with_suffix(".json") if self._lock.is_locked else self._about
         for _ in range(20):
             try:
-                return json.loads(self._about.read_text(encoding="utf-8"))
+                return json.loads(about.read_text(encoding="utf-8"))
             except (OSError, ValueError):
                 time.sleep(0.05)
         return {}
