@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import shutil
 import sys
 import time
@@ -369,15 +368,15 @@ class LabelRun(RunFolder):
         """Moves a video's masks to where they belong, and then says that it is finished."""
         num_masks, target = len(files.files(video.video_id)), self.masks(video.domain)
         written, place = (one.video_folder(video.video_id) for one in (files, target))
-        sync(written, below=True)
         place.parent.mkdir(parents=True, exist_ok=True)
         if place.exists():  # another video's folder lies within, or masks that are not finished
             self.finished_path(prompted).unlink(missing_ok=True)
             for earlier in target.files(video.video_id):
                 earlier.unlink()
-            shutil.copytree(written, place, copy_function=os.replace, dirs_exist_ok=True)
+            shutil.copytree(written, place, copy_function=shutil.move, dirs_exist_ok=True)
         else:
-            written.rename(place)
+            shutil.move(written, place)
+        sync(place, below=True)  # the masks may lie on another disk
         sync(place.parent)
         with whole_file(self.tracks_path(prompted)) as path:
             write_tracks(path, table)

@@ -1,6 +1,7 @@
 """A dataset is labelled: from masks, boxes and files of prompts, once for each video, whole or not at all."""
 
 import csv
+import errno
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ import time
 import unicodedata
 import weakref
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -189,6 +191,22 @@ def test_videos_may_be_added_and_prompts_mended(model_folder, clips, tmp_path):
     with pytest.raises(SystemExit, match=r"b: The box .* lies outside"):
         label(model_folder, *words, "--overwrite")
     assert finished.stat().st_mtime_ns == before and len(read_masks(tmp_path / "out")) == 4, "nothing is lost"
+
+
+def test_masks_may_lie_on_another_disk(model_folder, data, tmp_path, monkeypatch):
+    def refuse_unfinished(source, target, *, move, **options):
+        if ".unfinished" in str(source):
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        move(source, target, **options)
+
+    for name in ("rename", "replace"):
+        monkeypatch.setattr(os, name, partial(refuse_unfinished, move=getattr(os, name)))
+    words = [model_folder, "--dataset", data, "--output", tmp_path / "out"]
+    label(*words)
+    first = read_masks(tmp_path / "out")
+    next((tmp_path / "out" / "finished").rglob("*.json")).unlink()  # and in place of masks that are there
+    label(*words)
+    assert len(first) == NUM_VIDEOS * NUM_FRAMES and same(read_masks(tmp_path / "out"), first)
 
 
 def test_a_stopped_run_goes_on_and_another_is_refused(model_folder, data, tmp_path, capsys, monkeypatch):
