@@ -155,7 +155,7 @@ class Found:
     left_out: dict[str, list[str]] = field(default_factory=dict)  # reason -> names of videos or files
 
 
-@dataclass
+@dataclass(eq=False)
 class Folder:
     """A folder's images and videos; its path is relative to the root, in parts."""
 
@@ -315,7 +315,7 @@ def guess(root: Path) -> Found:
         return lists.popitem()[1]
     folders = read_folders(root)
     is_picture = re.compile(rf"{MASK_WORDS}[\W_]?(?i:{PICTURE_WORDS})(?:png)?")
-    pictures = [folder for folder in folders if is_picture.fullmatch((folder.parts or ("",))[-1])]
+    pictures = dict.fromkeys(folder for folder in folders if is_picture.fullmatch((folder.parts or ("",))[-1]))
     folders = [folder for folder in folders if folder not in pictures]
     kinds = ("images", "videos", "stacks")
     images, videos, stacks = ([p for folder in folders for p in getattr(folder, kind)] for kind in kinds)

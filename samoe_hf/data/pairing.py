@@ -184,7 +184,7 @@ def _without_pictures(masks: Sequence[MaskFile]) -> tuple[Sequence[MaskFile], li
     kept = [m for m in masks if not picture.fullmatch(m.path.stem) and not picture.fullmatch(m.folder or "")]
     if not kept or len(kept) == len(masks):
         return masks, []
-    left = next(mask for mask in masks if mask not in kept)
+    left = next(mask for mask, stays in zip(masks, [*kept, None], strict=False) if mask is not stays)
     return kept, [f"{len(masks) - len(kept)} files such as {left.path} are taken for pictures of masks and left out"]
 
 

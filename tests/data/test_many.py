@@ -16,16 +16,29 @@ def within(seconds):
     assert time.process_time() - start < seconds
 
 
+def write_files(root, names):
+    """Files of these names, each an image of objects' ids."""
+    save_image(root / "one.png", label_map((1, 2)))
+    content = (root / "one.png").read_bytes()
+    (root / "one.png").unlink()
+    for path in (root / name for name in names):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+
+
 def test_many_videos_beside_each_other_are_told_by_their_names(tmp_path, monkeypatch):
     monkeypatch.setattr(re, "_MAXCACHE", 512)  # as Python has it
     re.purge()
-    save_image(tmp_path / "one.png", label_map((1, 2)))
-    content = (tmp_path / "one.png").read_bytes()
-    (tmp_path / "one.png").unlink()
-    for kind in ("images", "masks"):
-        (tmp_path / kind).mkdir()
-        for name in (f"video{v:04d}_{t}.png" for v in range(600) for t in range(2)):
-            (tmp_path / kind / name).write_bytes(content)
+    names = [f"video{v:04d}_{t}.png" for v in range(600) for t in range(2)]
+    write_files(tmp_path, [f"{kind}/{name}" for name in names for kind in ("images", "masks")])
     with within(20):
         videos = load_videos("files", tmp_path)
     assert len(videos) == 600 and {len(video.annotated_frames) for video in videos[::100]} == {2}
+
+
+def test_pictures_of_many_masks_are_left_out(tmp_path):
+    write_files(tmp_path, [f"v/{kind}/{t:05d}.png" for t in range(6000) for kind in ("frames", "masks")])
+    write_files(tmp_path, ["v/masks/preview.png"])
+    with within(10):
+        (video,) = load_videos("files", tmp_path)
+    assert len(video.annotated_frames) == 6000
