@@ -267,22 +267,22 @@ def check_prompts(prompts: Sequence[VideoPrompt], num_frames: int, size: tuple[i
     seen = set()
     for prompt in prompts:
         prompt.check(num_frames, size)
-        others = [one.frame_idx for one in prompts if one.object_id == prompt.object_id and one is not prompt]
-        if prompt.end and prompt.frame_idx <= max(others, default=-1):
-            raise InputError(
-                f"The end of object {prompt.object_id} must be after all that is given of it (on the frames "
-                f"{sorted(others)}), got frame {prompt.frame_idx}."
-            )
+        if prompt.end:
+            others = [one.frame_idx for one in prompts if one.object_id == prompt.object_id and one is not prompt]
+            if prompt.frame_idx <= max(others, default=-1):
+                raise InputError(
+                    f"The end of object {prompt.object_id} must be after all that is given of it (on the frames "
+                    f"{sorted(others)}), got frame {prompt.frame_idx}."
+                )
         if (prompt.object_id, prompt.frame_idx) in seen:
             raise InputError(
                 f"Object {prompt.object_id} has two prompts on frame {prompt.frame_idx}; give all its points and its "
                 "box in one."
             )
         seen.add((prompt.object_id, prompt.frame_idx))
-    for object_id in {prompt.object_id for prompt in prompts}:
-        own = [prompt for prompt in prompts if prompt.object_id == object_id]
-        if not any(1 in prompt.labels or prompt.box is not None or prompt.mask is not None for prompt in own):
-            raise InputError(f"Object {object_id} must have a positive point, a box or a mask, which say where it is.")
+    shown = {one.object_id for one in prompts if 1 in one.labels or one.box is not None or one.mask is not None}
+    if hidden := {one.object_id for one in prompts} - shown:
+        raise InputError(f"Object {min(hidden)} must have a positive point, a box or a mask, which say where it is.")
 
 
 def masks_of(logits: np.ndarray, overlapping: bool = False) -> np.ndarray:

@@ -238,6 +238,7 @@ def read_prompts(path: str | Path) -> dict[str, list[FilePrompt]]:
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
         raise InputError(f"{path} must hold a list of prompts, each in braces, with at least one.")
     prompts: dict[str, list[FilePrompt]] = {}
+    seen = set()
     for number, entry in enumerate(entries, start=1):
         owner = f"{path}: prompts, such as number {number},"
         try:
@@ -249,10 +250,11 @@ def read_prompts(path: str | Path) -> dict[str, list[FilePrompt]]:
             raise InputError(f"{owner} must have an `object` from 1 and a `frame` from 0 on.")
         if prompt.mask is not None:
             check_inside(prompt.mask, owner)
-        own = prompts.setdefault(one_form(prompt.video), [])
-        if any((one.object, one.frame) == (prompt.object, prompt.frame) for one in own):
+        video = one_form(prompt.video)
+        if (video, prompt.object, prompt.frame) in seen:
             raise InputError(f"{owner} must be one for an object of {prompt.video!r} on a frame.")
-        own.append(prompt)
+        seen.add((video, prompt.object, prompt.frame))
+        prompts.setdefault(video, []).append(prompt)
     return prompts
 
 
@@ -398,9 +400,11 @@ def _write_frame(
 
 def _summaries(table: Sequence[TrackRow]) -> dict[str, dict[str, float]]:
     """Of each object, how many frames show it, and the means of its scores on these."""
-    summaries = {}
-    for object_id in sorted({row.object for row in table}):
-        seen = [row for row in table if row.object == object_id and row.seen]
+    summaries, seen_rows = {}, {row.object: list[TrackRow]() for row in table}
+    for row in table:
+        if row.seen:
+            seen_rows[row.object].append(row)
+    for object_id, seen in sorted(seen_rows.items()):
         means = {name: round(fmean(getattr(row, name) for row in seen), 4) for name in ObjectScores._fields if seen}
         summaries[str(object_id)] = {"frames": len(seen), **means}
     return summaries

@@ -1,11 +1,14 @@
 """What takes long with many files, objects or prompts grows with their number, and no faster."""
 
+import json
 import re
 import time
 from contextlib import contextmanager
 
 from helpers.layouts import label_map, save_image
 from samoe_hf.data import load_videos
+from samoe_hf.inference import check_prompts
+from samoe_hf.labelling import read_prompts
 
 
 @contextmanager
@@ -42,3 +45,12 @@ def test_pictures_of_many_masks_are_left_out(tmp_path):
     with within(10):
         (video,) = load_videos("files", tmp_path)
     assert len(video.annotated_frames) == 6000
+
+
+def test_many_prompts_are_read_and_checked(tmp_path):
+    entries = [{"video": "v", "object": o, "frame": t, "box": [1, 1, 9, 9]} for o in range(1, 6) for t in range(3000)]
+    (tmp_path / "prompts.json").write_text(json.dumps(entries))
+    with within(25):
+        prompts = [prompt.read(tmp_path) for prompt in read_prompts(tmp_path / "prompts.json")["v"]]
+        check_prompts(prompts, 3000, (10, 10))
+    assert len(prompts) == 15_000
