@@ -38,8 +38,8 @@ def write_videos(kind: str, videos: Sequence[Video], folder: Path, polygons: boo
         polygons: write outlines of masks, and not their pixels, where the format has both.
 
     Raises:
-        InputError: for another kind, polygons where it has none, names that do not differ, or videos without any object
-            where the format has no form for them.
+        InputError: for another kind, polygons where it has none, names that do not differ, videos without any object
+            where the format has no form for them, or masks of so many parts that their polygons would not be read.
     """
     if kind not in WRITTEN:
         raise InputError(f"the format must be one of {', '.join(WRITTEN)}, not {kind!r}")
@@ -62,7 +62,11 @@ def write_videos(kind: str, videos: Sequence[Video], folder: Path, polygons: boo
     try:
         with caught_sentences():  # of guesses at what was just written
             kept = compare(videos, layout.read(root=folder, **options[0]))
-    except SampleError as error:  # a fault of the writer, and no user's
+    except SampleError as error:
+        if isinstance(cause := error.__cause__, InputError) and (polygons or kind == "yolo"):
+            where = str(error).partition(": ")[2].partition(": ")[0]
+            raise InputError(f"{where}: {cause}, since it has so many parts; `coco` keeps masks as pixels") from error
+        # A fault of the writer, and no user's.
         raise RuntimeError(f"what was written as {kind} cannot be read back") from error
     return kept._replace(differences=renamed + kept.differences)
 

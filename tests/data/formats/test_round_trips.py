@@ -162,6 +162,14 @@ def test_polygons_keep_every_pixel_too(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["labelstudio", "davis", "yolo"])
+@pytest.mark.parametrize("kind, options", [("yolo", {}), ("cvat", {"polygons": True})])
+def test_a_mask_whose_polygon_would_not_be_read_is_named(kind, options, tmp_path):
+    squares = np.indices(SIZE).sum(0) % 2 == 0
+    video = Video.from_arrays("v", np.zeros((2, *SIZE, 3), np.uint8), np.stack([squares * 0, squares])[:, None] > 0)
+    with pytest.raises(InputError, match=r"^v, frame 1, object 1: .* outline is longer .* many parts; `coco` keeps"):
+        write_videos(kind, [video], tmp_path, **options)
+
+
 def test_formats_of_one_form_refuse_polygons(kind, tmp_path):
     with pytest.raises(InputError, match=f"polygons.*{kind}"):
         write_videos(kind, odd_videos(tmp_path / "frames"), tmp_path, polygons=True)
