@@ -39,6 +39,7 @@ def memory_tokens(
     model: SamoePreTrainedModel, banks: Sequence[MemoryBank], selections: Sequence[MemorySelection], like: Tensor
 ) -> MemoryTokens:
     """The memories that objects read, in the type of `like`."""
+    model.base.check_pooling(model.config)  # which may be set at any time
     pooling, maps, pointers = _places(model, selections)
     times = tuple(tuple(_shared([index for _, index in place])) for place in maps)
     positions = keep(

@@ -65,6 +65,8 @@ def test_memories_of_tracked_frames_are_pooled_and_those_of_prompted_frames_are_
     torch.testing.assert_close(found[0], (angle[1] + angle[8]) / 2, atol=1e-5, rtol=1e-5)
     # Frame 4: the first frame's map, two of 2 x 2, and the last one of 4 x 4.
     assert calls[2, 4][3][0].shape[1] == 64 + 4 + 4 + 16 + 4 * 2
+    with pytest.raises(ValueError, match=r"`older_memory_pooling` must divide .*, got 3"):
+        track(1, 3)
 
 
 @pytest.mark.parametrize(
