@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -18,6 +19,13 @@ from samoe_hf.data import SyntheticVideos, write_video
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
     return build_wheel(tmp_path_factory.mktemp("source"))
+
+
+def test_the_source_distribution_has_no_tests_either_which_would_lack_their_helpers(wheel):
+    with tarfile.open(next(wheel.parent.glob("*.tar.gz"))) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"samoe_hf/cli.py", "samoe_hf/configs/smoke.yaml", "samoe_hf/base/config.json"} <= names
+    assert not any(name.startswith("tests") for name in names)
 
 
 def test_everything_but_tests_and_docs_is_in_the_wheel(wheel):
