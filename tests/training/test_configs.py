@@ -1,6 +1,8 @@
 """Every configuration is complete: its keys are known, and what needs no download can be opened."""
 
 import re
+from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -102,3 +104,22 @@ def test_sizes_are_those_of_the_originals_checkpoints(path):
             counts[size] = Sam3TrackerVideoModel(published).num_parameters()
         assert config_of_base(model.config).to_dict() == published.to_dict()
     assert size.endswith(("nano", "micro")) or model.num_parameters() - experts == counts[size]
+
+
+def test_the_run_on_mose_is_metas():
+    package = find_spec("sam2")
+    if package is None or package.origin is None:
+        pytest.skip("needs the `bench` extra")
+    meta = read_yaml(Path(package.origin).parent / "configs/sam2.1_training/sam2.1_hiera_b+_MOSE_finetune.yaml")
+    run, scratch, trainer = read_yaml(ROOT / "configs" / "finetune_mose.yaml"), meta["scratch"], meta["trainer"]
+    sampler = trainer["data"]["train"]["datasets"][0]["dataset"]["datasets"][0]["sampler"]
+    assert run["reverse_probability"] == sampler.get("reverse_time_prob", 0)
+    assert run["clips_per_video"] == meta["dataset"]["multiplier"]
+    assert (run["num_frames"], run["max_objects"]) == (scratch["num_frames"], scratch["max_num_objects"])
+    assert run["num_train_epochs"] == scratch["num_epochs"] and run["seed"] == trainer["seed_value"]
+    rates, decays = (trainer["optim"]["options"][name][0]["scheduler"] for name in ("lr", "weight_decay"))
+    assert rates["end_value"] == "${divide:${scratch.base_lr},10}" and run["lr_scheduler_kwargs"] == {
+        "min_lr_rate": 0.1
+    }
+    assert run["weight_decay"] == decays["value"]
+    assert run["max_grad_norm"] == trainer["optim"]["gradient_clip"]["max_norm"]
