@@ -172,17 +172,11 @@ def test_a_processor_of_something_else_is_refused(nano, model_folder, tmp_path):
 @pytest.mark.parametrize(
     "change",
     [
-        {"do_resize": False},
-        {"do_rescale": False},
-        {"image_std": [0, 0, 0]},
-        {"image_mean": [float("nan")] * 3},
-        {"image_mean": [0.5, 0.5]},
-        {"resample": 99},
-        {"rescale_factor": 1e30},
-        {"rescale_factor": 0},
+        {"do_resize": False}, {"do_rescale": False}, {"image_std": [0, 0, 0]}, {"image_mean": [float("nan")] * 3},
+        {"image_mean": [0.5, 0.5]}, {"resample": 99}, {"rescale_factor": 1e30}, {"rescale_factor": 0},
     ],
     ids=str,
-)
+)  # fmt: skip
 @pytest.mark.parametrize("part", ["image_processor", "video_processor"])
 def test_a_processor_that_cannot_work_is_refused(nano, model_folder, tmp_path, part, change):
     folder = shutil.copytree(model_folder, tmp_path / "folder")

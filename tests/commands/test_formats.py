@@ -65,17 +65,7 @@ def test_a_tracked_video_is_written_for_a_label_tool(samoe, model_folder, tmp_pa
     samoe("track", model_folder, tmp_path / "dog.mp4", *output, "--layout", "cvat", "--device", "cpu")
     (video,) = load_videos(tmp_path / "out_masks")
     assert (video.video_id, video.annotated_frames, video.object_ids) == ("dog", [0, 1, 2], [1, 7])
-    again = [
-        "track",
-        model_folder,
-        tmp_path / "dog.mp4",
-        "--point",
-        "7=100,80",
-        *output[4:],
-        "--device",
-        "cpu",
-        "--overwrite",
-    ]
+    again = ["track", model_folder, tmp_path / "dog.mp4", *output[2:], "--device", "cpu", "--overwrite"]
     samoe(*again, "--layout", "cvat")
     assert load_videos(tmp_path / "out_masks")[0].object_ids == [7]
     for layout in (["--layout", "coco"], []):  # what is there is of another form
@@ -86,17 +76,9 @@ def test_a_tracked_video_is_written_for_a_label_tool(samoe, model_folder, tmp_pa
 
 def test_labels_for_a_tool_stay_when_a_run_is_called_again(samoe, model_folder, tmp_path):
     write_videos("labelme", SyntheticVideos(1, 2, (64, 64)), tmp_path)
-    arguments = [
-        "label",
-        model_folder,
-        "--dataset",
-        tmp_path,
-        "--output",
-        tmp_path.with_name("labels"),
-        "--layout",
-        "cvat",
-    ]
-    folder = tmp_path.with_name("labels") / "cvat"
+    labels = tmp_path.with_name("labels")
+    arguments = ["label", model_folder, "--dataset", tmp_path, "--output", labels, "--layout", "cvat"]
+    folder = labels / "cvat"
     assert "Written and read back" in samoe(*arguments, "--device", "cpu")
     (file,) = folder.rglob("*.xml")
     file.write_text(file.read_text().replace("object", "mine"))

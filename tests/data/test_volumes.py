@@ -99,14 +99,7 @@ def test_a_label_is_turned_to_its_image(tmp_path, ids, affine, caplog):
         ((6, 8, 4), np.eye(4)),
         ((6, 6, 6), np.eye(4)[[1, 0, 2, 3]]),
     ],
-    ids=[
-        "elsewhere",
-        "half a voxel",
-        "other origin",
-        "other spacing",
-        "other shape",
-        "axes swapped, which may be wrong",
-    ],
+    ids=["elsewhere", "half a voxel", "other origin", "other spacing", "other shape", "axes swapped"],
 )
 def test_a_label_that_lies_elsewhere_than_its_image_is_refused(tmp_path, shape, affine):
     grid = (6, 6, 6) if shape == (6, 6, 6) else GRID

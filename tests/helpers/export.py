@@ -78,18 +78,9 @@ def difference(theirs: dict[int, np.ndarray], ours: dict[int, np.ndarray]) -> Di
 
 def as_prompts(prompts: Sequence[dict]) -> list[VideoPrompt]:
     """Prompts of prompts.json as the package has them."""
-    return [
-        VideoPrompt(
-            prompt["object"],
-            prompt["frame"],
-            prompt.get("points", ()),
-            prompt.get("labels", ()),
-            tuple(prompt["box"]) if "box" in prompt else None,
-            prompt.get("mask"),
-            prompt.get("end", False),
-        )
-        for prompt in prompts
-    ]
+    names = {"object": "object_id", "frame": "frame_idx"}
+    given = ({names.get(key, key): x for key, x in prompt.items() if key != "correction"} for prompt in prompts)
+    return [VideoPrompt(**prompt) for prompt in given]
 
 
 def tracked(model: SamoeModel, processor, frames, prompts: list[dict], **options) -> dict[int, np.ndarray]:

@@ -13,17 +13,8 @@ from study_selectors import SELECTORS, selector_features
 
 DOMAIN = StudyDomain("blobs", [], [], steps=2)
 LAYERS = {"expert_modules": ["*"], "exclude_modules": ["mask_decoder.*"]}
-PLAN = StudyPlan(
-    "",
-    StudyDomain("shapes", [], [], steps=2),
-    [DOMAIN],
-    [["blobs"]],
-    [0],
-    **LAYERS,
-    num_frames=2,
-    max_objects=1,
-    batch_size=1,
-)
+FEW = {"num_frames": 2, "max_objects": 1, "batch_size": 1}
+PLAN = StudyPlan("", StudyDomain("shapes", [], [], steps=2), [DOMAIN], [["blobs"]], [0], **LAYERS, **FEW)
 
 
 def videos(look, count, seed):
