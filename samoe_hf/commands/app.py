@@ -22,29 +22,22 @@ from pathlib import Path
 
 from samoe_hf.errors import InputError, input_errors
 
-from .options import (
-    add_memory_option,
-    add_original_options,
-    add_tracking_options,
-    add_unknown_option,
-    command_parser,
-    tracking_options,
-)
+from . import options
 
 TINY, WEIGHTS = "facebook/sam2.1-hiera-tiny", "model.safetensors"
 CORE_SECONDS = 15  # of one CPU core for a frame, see docs/speed.md
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = command_parser("app", __doc__)
+    parser = options.command_parser("app", __doc__)
     model = parser.add_argument_group("model")
     help_text = "by default SAM 2.1's tiny if it is there, or the small one of the package"
     model.add_argument("model", nargs="?", metavar="MODEL", help=help_text)
     help_text = "another model to compare with; may be repeated"
     model.add_argument("--compare", action="append", default=[], metavar="MODEL", help=help_text)
-    add_original_options(model)
-    add_memory_option(model)
-    add_unknown_option(model)
+    options.add_original_options(model)
+    options.add_memory_option(model)
+    options.add_unknown_option(model)
     learning = parser.add_argument_group("learning")
     learning.add_argument("--data", type=Path, metavar="DIR", help="collect corrected videos here; allows learning")
     help_text = "for models that are learned, or saved with other domains; DATA_models if not given"
@@ -61,7 +54,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     space.add_argument("--space", type=Path, metavar="DIR", help="write a Space here instead; a new folder")
     space.add_argument("--wheel", type=Path, metavar="FILE.whl", help="of this package, to put into the Space")
     space.add_argument("--push", metavar="OWNER/NAME", help="upload the Space, with the token of `hf auth login`")
-    add_tracking_options(parser)
+    options.add_tracking_options(parser)
     parsed = parser.parse_args(arguments)
     for name in ("upload_limit", "frame_limit", "people_limit"):
         if getattr(parsed, name) < 1:
@@ -102,11 +95,11 @@ def serve_page(parsed: argparse.Namespace) -> None:
     from samoe_hf.app.models import load_model, small_model
     from samoe_hf.app.uploads import Limits
 
-    options = {"experts": parsed.experts, "original_config": parsed.config}
+    original = {"experts": parsed.experts, "original_config": parsed.config}
     source = parsed.model or default_model(parsed.device.type == "cpu")
     with input_errors():
-        own = tracking_options(parsed)
-        first = load_model(source, parsed.device, **options, **own) if source else small_model(parsed.device, **own)
+        own = options.tracking_options(parsed)
+        first = load_model(source, parsed.device, **original, **own) if source else small_model(parsed.device, **own)
         loaded = [first, *(load_model(other, parsed.device, **own) for other in parsed.compare)]
     limits = Limits(upload_bytes=parsed.upload_limit * 2**20, frames=parsed.frame_limit, sessions=parsed.people_limit)
     data = parsed.data

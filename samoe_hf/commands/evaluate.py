@@ -113,14 +113,7 @@ def run(parsed: argparse.Namespace) -> None:
 
 def evaluate(parsed: argparse.Namespace, evaluation: Evaluation, state: PartialState) -> None:
     """Evaluates the models and masks, and writes and prints the results."""
-    from samoe_hf.evaluation.report import (
-        comparison_table,
-        describe_choices,
-        describe_interval,
-        describe_left_out,
-        summary_table,
-        write_evaluation_report,
-    )
+    from samoe_hf.evaluation import report
     from samoe_hf.evaluation.statistics import to_json
     from samoe_hf.model.weights_trained import is_original_checkpoint
     from samoe_hf.whole_files import write_text
@@ -167,20 +160,20 @@ def evaluate(parsed: argparse.Namespace, evaluation: Evaluation, state: PartialS
         return
     results = evaluation.results([entries[label] for label in labels], state)
     write_text(parsed.output / "results.json", to_json(results))
-    report = write_evaluation_report(results, parsed.output)
-    print(f"\n{summary_table(results)}")
-    if left_out := describe_left_out(results["models"][0]):
+    written = report.write_evaluation_report(results, parsed.output)
+    print(f"\n{report.summary_table(results)}")
+    if left_out := report.describe_left_out(results["models"][0]):
         print(left_out)
     for comparison in results["comparisons"]:
-        about = f"{comparison_table(comparison)}\n{describe_interval(comparison)}"
+        about = f"{report.comparison_table(comparison)}\n{report.describe_interval(comparison)}"
         print(f"\n{comparison['model']} less {comparison['baseline']}\n{about}")
     for model in results["models"]:
         if any("experts_of" in video for video in model["videos"]):
             videos = {f"{video['domain']}/{video['video']}": video for video in model["videos"]}
-            print(f"\n{model['label']}:\n{describe_choices(videos)}")
+            print(f"\n{model['label']}:\n{report.describe_choices(videos)}")
         if model["speed"]["fps"]:
             print(f"{model['label']}: {model['speed']['fps']:.1f} frames per second")
     for label, folder in for_tool.items():
         if folder is not None:
             options.write_for_tool(parsed.layout, evaluation.predicted(label), folder, parsed.overwrite)
-    print(f"Written: {parsed.output / 'results.json'}, {report}, masks in {parsed.output / 'runs'}")
+    print(f"Written: {parsed.output / 'results.json'}, {written}, masks in {parsed.output / 'runs'}")

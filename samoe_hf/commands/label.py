@@ -52,31 +52,24 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def run(parsed: argparse.Namespace) -> None:
+    from samoe_hf import labelling
     from samoe_hf.evaluation.report import describe_choices
     from samoe_hf.evaluation.run import identity_of
-    from samoe_hf.labelling import (
-        LabelRun,
-        from_first_frames,
-        from_prompt_file,
-        label_videos,
-        labelled_dataset,
-        labelled_videos,
-    )
 
     state, device = options.start_processes(parsed.device)
     if parsed.prompts is None:
         dataset = options.open_dataset(parsed)
-        videos = from_first_frames(*dataset.parts, kind=parsed.prompt or "mask")
+        videos = labelling.from_first_frames(*dataset.parts, kind=parsed.prompt or "mask")
     else:
         options.check_outside(parsed.output, parsed.dataset)
         dataset = options.ChosenDataset("files", Path(parsed.dataset), [])
         with input_errors():
-            videos = from_prompt_file(parsed.prompts, parsed.dataset)
+            videos = labelling.from_prompt_file(parsed.prompts, parsed.dataset)
     if not videos:
         raise InputError(f"`--dataset` {parsed.dataset} has no video with an object to track.")
     model, processor = options.load_model(parsed, device)
     identity = identity_of(model, processor, parsed.model) | {"dataset": dataset.describe(parsed)}
-    labels = LabelRun(parsed.output, identity, options.mask_format(parsed.layout, dataset.kind))
+    labels = labelling.LabelRun(parsed.output, identity, options.mask_format(parsed.layout, dataset.kind))
     for_tool = options.format_folder(parsed.layout, parsed.output)
     with labels.writer:
         if state.is_main_process:
@@ -84,15 +77,15 @@ def run(parsed: argparse.Namespace) -> None:
                 video.read()  # while earlier labels are there
             labels.start(parsed.overwrite)
         state.wait_for_everyone()
-        summary = label_videos(model, processor, videos, labels, state, videos_at_once=parsed.videos_at_once)
+        summary = labelling.label_videos(model, processor, videos, labels, state, videos_at_once=parsed.videos_at_once)
     if summary is None:
         return
     if parsed.push_to_hub:
-        dataset = labelled_dataset(labels, videos)
+        dataset = labelling.labelled_dataset(labels, videos)
         with input_errors():
             dataset.push_to_hub(parsed.push_to_hub)
     if for_tool is not None:
-        options.write_for_tool(parsed.layout, labelled_videos(labels, videos), for_tool, parsed.overwrite)
+        options.write_for_tool(parsed.layout, labelling.labelled_videos(labels, videos), for_tool, parsed.overwrite)
     if any("experts_of" in video for video in summary["videos"].values()):
         print(describe_choices(summary["videos"]))
     print(describe_summary(summary))

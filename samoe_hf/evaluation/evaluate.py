@@ -263,17 +263,13 @@ def evaluate_videos(
     are tracked in one batch, see [`~samoe_hf.together.choose_videos_at_once`].
     """
     total, keys = len(videos) if isinstance(videos, Sized) else None, []
-    progress = tqdm(total=total, desc="evaluate", disable=not show_progress_bar)
-    with evaluation_mode(model), progress, Together(model, choose_videos_at_once(model, videos_at_once)) as together:
+    with evaluation_mode(model), Together(model, choose_videos_at_once(model, videos_at_once)) as together:
 
         def works() -> Iterator[Work[VideoResult]]:
             for video in videos:
                 keys.append(video_key(video))
                 yield evaluation_steps(together, processor, video, prompt, domain=domain)
 
-        results = []
-        for result in together.run(works()):
-            results.append(result)
-            progress.update()
-    by_key = results_by_key(results)
+        with tqdm(together.run(works()), total=total, desc="evaluate", disable=not show_progress_bar) as results:
+            by_key = results_by_key(results)
     return {key: by_key[key] for key in keys}  # in the order of the videos, not of their ends
