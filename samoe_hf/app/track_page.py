@@ -39,23 +39,16 @@ LEGEND = "In the timeline, orange is doubt, and a dot is where you clicked; clic
 MARKED = f"The frames that are most worth a look, marked red. {LEGEND}"
 NOTHING = f"No frame stands out. {LEGEND}"
 POSITIVE, NEGATIVE, BOX = "+ is the object", "− is not", "Box: two corners"
+TOOLS = {
+    "cvat": "CVAT", "coco": "COCO's tools", "ytvis": "YouTube-VIS", "yolo": "YOLO", "labelme": "LabelMe",
+    "labelstudio": "Label Studio", "davis": "DAVIS",
+}  # fmt: skip
 EXPORTS: dict[str, Callable[[TrackingSession, Path], Path]] = {
     "Masks, PNG in a zip": export_masks,
     "Video with masks, mp4": export_overlay,
     "Masks, COCO JSON": export_coco,
     "Scores and boxes, CSV": export_tracks,
-    **{
-        f"Frames and masks for {tool}, zip": export_format[kind]
-        for kind, tool in {
-            "cvat": "CVAT",
-            "coco": "COCO's tools",
-            "ytvis": "YouTube-VIS",
-            "yolo": "YOLO",
-            "labelme": "LabelMe",
-            "labelstudio": "Label Studio",
-            "davis": "DAVIS",
-        }.items()
-    },
+    **{f"Frames and masks for {tool}, zip": export_format[kind] for kind, tool in TOOLS.items()},
     "Project, to go on later": save_project,
 }
 

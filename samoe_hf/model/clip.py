@@ -1,5 +1,6 @@
 """The forward pass over clips: prompts on conditioning frames, all objects of all videos in one batch, and the loss."""
 
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -370,11 +371,7 @@ def checkpoint_frames(model: SamoePreTrainedModel, every_n_frames: int) -> None:
     for part in (model.mask_decoder, model.memory_encoder):
         for module in part.modules():
             if hasattr(module, "gradient_checkpointing"):
-                setattr(module, "_gradient_checkpointing_func", _call)  # noqa: B010
-
-
-def _call(function: Callable, *args: Any) -> Any:
-    return function(*args)
+                setattr(module, "_gradient_checkpointing_func", operator.call)  # noqa: B010
 
 
 def all_router_logits(calls: Mapping[str, Sequence[RouterCall]]) -> dict[str, Tensor]:

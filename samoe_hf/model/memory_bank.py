@@ -50,10 +50,6 @@ class ObjectMemory(NamedTuple):
     index: int
 
     @property
-    def has_features(self) -> bool:
-        return self.batch.features is not None
-
-    @property
     def evidence(self) -> Evidence | None:
         return None if self.batch.evidence is None else self.batch.evidence[self.index]
 

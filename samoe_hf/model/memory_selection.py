@@ -121,7 +121,7 @@ def _selection(
         own = [(t, distance) for t, distance in own if distance >= 0]
     own += [(t, place) for t, place in places if place < limits.max_pointers and t in bank and t not in selected]
     return MemorySelection(
-        tuple((t, index) for t, index in chosen if t in bank and bank[t].has_features),
+        tuple((t, index) for t, index in chosen if t in bank and bank[t].batch.features is not None),
         tuple(own),
         max(limits.max_pointers - 1, 1),
     )

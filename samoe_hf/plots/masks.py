@@ -27,14 +27,8 @@ plain_text = _plain_text()
 
 # Those of Okabe and Ito, which everyone can tell apart, without black; neighbours are of different lightness.
 OBJECT_COLORS = (
-    (230, 159, 0),
-    (0, 114, 178),
-    (240, 228, 66),
-    (213, 94, 0),
-    (86, 180, 233),
-    (204, 121, 167),
-    (0, 158, 115),
-)
+    (230, 159, 0), (0, 114, 178), (240, 228, 66), (213, 94, 0), (86, 180, 233), (204, 121, 167), (0, 158, 115),
+)  # fmt: skip
 PANEL_INCHES, DPI = 1.8, 130
 # Opacities of the object's colour inside, of its hatching, and of the black beside the hatching.
 TINT, HATCH, SHADOW = 0.15, 0.85, 0.45

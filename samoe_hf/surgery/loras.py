@@ -35,15 +35,9 @@ if TYPE_CHECKING:
 
 # Settings of LoraConfig that add something an expert has no place for, or change what its matrices mean.
 UNSUPPORTED = (
-    "use_dora",
-    "lora_bias",
-    "modules_to_save",
-    "trainable_token_indices",
-    "target_parameters",
-    "layer_replication",
-    "alora_invocation_tokens",
-    "use_qalora",
-)
+    "use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication",
+    "alora_invocation_tokens", "use_qalora",
+)  # fmt: skip
 
 
 class Lora(NamedTuple):

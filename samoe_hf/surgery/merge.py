@@ -47,8 +47,8 @@ def merge_into_base(model: SamoeModel, domain: str | None = None) -> Union["Sam2
         elif experts.lora_B.any():
             raise InputError(
                 f"A router chooses among {experts.num_experts} experts for each token of {layer!r}, which no plain "
-                "weight does. Train one (`samoe adapt … --num_experts 1 --num_experts_per_tok 1`), or use the SamoeModel "
-                "itself, as `samoe export` does."
+                "weight does. Train one (`samoe adapt … --num_experts 1 --num_experts_per_tok 1`), or use the "
+                "SamoeModel itself, as `samoe export` does."
             )
     with torch.random.fork_rng(devices=[]):
         plain = AutoModel.from_config(config_of_base(model.config), dtype=model.dtype)
