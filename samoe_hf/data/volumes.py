@@ -6,11 +6,14 @@ import math
 import re
 import tokenize
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
-from itertools import product
+from itertools import count, product
 from pathlib import Path
-from typing import Any
+from threading import Lock
+from typing import Any, cast
+from weakref import WeakSet
 
 import nibabel as nib
 import numpy as np
@@ -19,17 +22,85 @@ from nibabel.filebasedimages import ImageFileError
 from nibabel.orientations import OrientationError, io_orientation, ornt_transform
 from nibabel.spatialimages import HeaderDataError
 from nibabel.wrapstruct import WrapStructError
+from psutil import virtual_memory
+from torch.utils.data import get_worker_info
 
-from .annotations import IdVolume
+from .annotations import IdVolume, LabelMaps
 from .frames import DAMAGE, ArrayFrames, SampleError, check_folder, named_errors, natural_key, say_once
+from .image_files import file_version
 from .images import Window, to_uint8
 from .schema import Video, VideoList
 
+# Volumes that stay in RAM: so many that a model may track at once, and more in this share of it. In a worker of a data
+# loader the last one.
+MIN_KEPT, SHARE_OF_RAM = 9, 0.25
+_in_ram: WeakSet[_Volume] = WeakSet()
+_lock, _clock = Lock(), count()
 MAX_VALUES = 2**29  # of an array in a file: 512 x 512 x 2048
 ROUNDING = 0.1  # of a voxel, by which headers of one grid may differ
 # RuntimeError: encrypted, or compressed in another way.
 NPZ_DAMAGE = (*DAMAGE, RuntimeError, SyntaxError, tokenize.TokenError, zipfile.BadZipFile)
 NIFTI_DAMAGE = (*DAMAGE, ImageFileError, OrientationError, HeaderDataError, WrapStructError)
+
+
+class _Volume:
+    """A volume in files, whose values are read again where they are asked for and no longer in RAM.
+
+    So a dataset may hold more than fits there. `read` gives it as a video in RAM.
+    """
+
+    def __init__(self, paths: Sequence[Path], read: Callable[[], Video]):
+        self.versions, self.read = {path: file_version(path) for path in paths}, read
+        self._opened: Video | None = None
+        self._used = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_opened": None}
+
+    @property
+    def num_bytes(self) -> int:
+        """In RAM, of gray values and as many labels."""
+        return 0 if self._opened is None else 2 * len(self._opened) * math.prod(self._opened.size)
+
+    def opened(self) -> Video:
+        """The video in RAM; `SampleError` where its files have changed."""
+        with _lock:  # frames may be read ahead in a thread
+            self._used = next(_clock)
+            if (video := self._opened) is None:
+                for path, version in self.versions.items():
+                    if file_version(path) != version:
+                        raise SampleError(f"{path} has changed since it was opened")
+                video = self._opened = self.read()
+                _in_ram.add(self)
+                least, share = (MIN_KEPT, SHARE_OF_RAM) if get_worker_info() is None else (1, 0)
+                kept = sorted(_in_ram, key=lambda volume: volume._used)
+                while len(kept) > least and sum(volume.num_bytes for volume in kept) > share * virtual_memory().total:
+                    kept[0]._opened = None
+                    _in_ram.discard(kept.pop(0))
+            return video
+
+    def video(self) -> Video:
+        """The video, which holds no values."""
+        return replace(self.opened(), frames=_VolumeFrames(self), annotations=_VolumeIds(self))
+
+
+class _VolumeFrames(ArrayFrames):
+    def __init__(self, volume: _Volume):
+        self.volume, frames = volume, volume.opened().frames
+        self.names, self.size = frames.names, frames.size
+
+    @property
+    def array(self) -> np.ndarray:  # pyright: ignore[reportIncompatibleVariableOverride] (it is only read)
+        return cast(ArrayFrames, self.volume.opened().frames).array
+
+
+class _VolumeIds(LabelMaps):
+    def __init__(self, volume: _Volume):
+        self.volume, masks = volume, volume.opened().annotations
+        self.frames, self.size = masks.frames, masks.size
+
+    def ids(self, frame: int) -> np.ndarray:
+        return cast(LabelMaps, self.volume.opened().annotations).ids(frame)
 
 
 def read_npz(root: str | Path, split: str | None = None, window: Window | None = None) -> VideoList:
@@ -41,6 +112,10 @@ def read_npz(root: str | Path, split: str | None = None, window: Window | None =
 
 
 def _open_npz(window: Window | None, video_id: str, path: Path) -> Video:
+    return _Volume([path], partial(_read_npz, window, video_id, path)).video()
+
+
+def _read_npz(window: Window | None, video_id: str, path: Path) -> Video:
     with named_errors(path, "not a volume with imgs and gts", NPZ_DAMAGE):
         with zipfile.ZipFile(path) as archive:
             _check_headers(archive)
@@ -96,6 +171,11 @@ def _open_nifti(window: Window | None, by_voxels: bool, images: Path, video_id: 
         path = images / f"{video_id}_0000{label_path.name.removeprefix(video_id)}"
     if not path.is_file():
         raise FileNotFoundError(f"{images / label_path.name}: no such image for {label_path}")
+    read = partial(_read_pair, window, by_voxels, video_id, path, label_path)
+    return _Volume([path, label_path], read).video()
+
+
+def _read_pair(window: Window | None, by_voxels: bool, video_id: str, path: Path, label_path: Path) -> Video:
     scan, labels = _load_nifti(path), _load_nifti(label_path)
     if by_voxels or not (_is_placed(scan) and _is_placed(labels)):
         if scan.shape != labels.shape:

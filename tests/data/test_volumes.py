@@ -1,7 +1,9 @@
 """Volumes, whose slices serve as frames."""
 
 import math
+import pickle
 import struct
+import tracemalloc
 import zipfile
 
 import nibabel as nib
@@ -208,3 +210,19 @@ def test_arrays_of_absurd_sizes_and_types_are_refused_before_they_are_read(tmp_p
                 file.write(bytes(4 * math.prod(SIZE)))
     with pytest.raises(SampleError, match=rf"case\.npz.*{name}|case\.npz.*differ"):
         load_videos("npz", tmp_path)[0]
+
+
+def test_a_dataset_of_volumes_may_be_larger_than_the_ram(tmp_path, monkeypatch):
+    monkeypatch.setattr("samoe_hf.data.volumes.SHARE_OF_RAM", 0, raising=False)
+    for i in range(40):
+        np.savez(tmp_path / f"{i:02d}.npz", imgs=np.full((8, 256, 256), i, np.uint8), gts=np.full((8, 256, 256), i + 1))
+    tracemalloc.start()
+    videos = list(load_videos("npz", tmp_path))
+    held = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert held < 20 * 2**20
+    for i, video in enumerate(pickle.loads(pickle.dumps(videos))):
+        assert (video.frames[3] == i).all() and video.masks(3, [i + 1]).all() and video.object_ids == [i + 1]
+    np.savez(tmp_path / "05.npz", imgs=np.zeros((8, 256, 256), np.uint8), gts=np.ones((8, 256, 256), np.uint8))
+    with pytest.raises(SampleError, match=r"05\.npz has changed"):
+        videos[5].frames[0]
