@@ -123,7 +123,7 @@ class VideoScorer:
         self.video, self.surface_tolerance, self.write = video, surface_tolerance, write
         self._annotated = set(video.annotated_frames)
         self._parts: list[VideoScores] = []
-        self._packed: list[np.ndarray] = []
+        self._packed: list[list[bytes]] = []  # of a volume, both masks of each object on a frame, which are large
         self._rows: list[TrackRow] = []
 
     def add(self, frame: PredictedFrame) -> None:
@@ -136,17 +136,15 @@ class VideoScorer:
             target, ids = video.masks(frame_idx), video.object_ids
             self._parts.append(score_video(masks[None], target[None], ids, None if scores is None else scores[None]))
             if video.spacing is not None:
-                self._packed.append(np.packbits([masks, target]))
+                pairs = zip(masks, target, strict=True)
+                self._packed.append([zlib.compress(np.packbits(pair).tobytes(), 1) for pair in pairs])
 
     def result(self) -> VideoResult:
         """The scores of all frames; how long it took and what was given is not known here."""
         video, ids, frames = self.video, self.video.object_ids, list(self.video.annotated_frames)
         scores = VideoScores.concatenate(self._parts)
         if video.spacing is not None:
-            shape = (2, len(ids), *video.size)
-            pairs = [np.unpackbits(b, count=math.prod(shape)).reshape(shape).view(bool) for b in self._packed]
-            prediction, target = np.stack(pairs, axis=1)
-            surface = surface_dice(prediction, target, video.spacing[::-1], self.surface_tolerance, ids)
+            surface = np.array([self._surface_dice(column) for column in range(len(ids))], dtype=float)
             scores = replace(scores, surface_dice=surface)
         if self._rows:
             known = [{(row.frame, row.object): row.iou for row in self._rows}]
@@ -154,6 +152,15 @@ class VideoScorer:
             tables = [np.array([[one.get((t, i), math.nan) for i in ids] for t in frames]) for one in known]
             scores = replace(scores, iou_scores=tables[0], doubts=tables[1])
         return VideoResult(video.video_id, video.domain, scores, frames, len(video), math.prod(video.size))
+
+    def _surface_dice(self, column: int) -> float:
+        """That of one object, whose masks alone are unpacked."""
+        shape, spacing = (2, *self.video.size), self.video.spacing
+        assert spacing is not None
+        packed = (np.frombuffer(zlib.decompress(frame[column]), np.uint8) for frame in self._packed)
+        pairs = [np.unpackbits(bits, count=math.prod(shape)).reshape(shape).view(bool) for bits in packed]
+        prediction, target = np.stack(pairs, axis=1)[:, :, None]
+        return surface_dice(prediction, target, spacing[::-1], self.surface_tolerance)[0]
 
 
 def score_predictions(

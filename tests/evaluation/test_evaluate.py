@@ -1,6 +1,7 @@
 """Videos are scored frame by frame as a whole, and stopped evaluations go on with what is left."""
 
 import math
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
@@ -24,6 +25,7 @@ from samoe_hf.evaluation.evaluate import (
     segment_video,
 )
 from samoe_hf.evaluation.metrics import score_video, surface_dice
+from samoe_hf.evaluation.simulated_user import PredictedFrame
 from samoe_hf.together import Together
 
 
@@ -52,6 +54,16 @@ def test_frames_are_scored_one_by_one_as_the_video_is_as_a_whole():
     result = score_predictions(sparse, predictions)
     assert result.frames == [0, 2, 3] and result.scores.surface_dice is None
     np.testing.assert_array_equal(result.scores.j, score_video(predicted[[0, 2, 3]], masks).j)
+
+
+def test_many_objects_of_a_volume_are_scored_one_after_another():
+    masks = np.repeat(np.arange(8)[:, None] == np.arange(80) % 8, 128 * 128).reshape(8, 80, 128, 128)
+    volume = Video.from_arrays("v", np.zeros((8, 128, 128), np.uint8), masks, spacing=(1.0, 1.0, 1.0))
+    tracemalloc.start()
+    result = score_predictions(volume, (PredictedFrame(t, masks[t], None) for t in range(8)))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < masks.nbytes and (result.scores.surface_dice == 1).all()
 
 
 @slow_over_bases
