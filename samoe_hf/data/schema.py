@@ -137,8 +137,10 @@ class Video:
 
     def id_map(self, frame: int) -> np.ndarray:
         """The objects' ids on an annotated frame, (H, W) integers, 0 for background; the highest where they overlap."""
-        ids = np.array(self.object_ids, dtype=np.int64)
-        return (self.masks(frame) * ids[:, None, None]).max(axis=0, initial=0)
+        ids, visible = np.zeros(self.size, dtype=np.int64), self.visible(frame)
+        for object_id, mask in zip(visible, self.masks(frame, visible), strict=True):
+            ids[mask] = object_id
+        return ids
 
     def _annotated(self, frame: int) -> Annotations:
         if frame not in self.annotations.frames:

@@ -2,6 +2,7 @@
 
 import math
 import struct
+import tracemalloc
 
 import datasets
 import numpy as np
@@ -103,3 +104,13 @@ def test_a_map_of_ids_shows_the_higher_id_where_objects_overlap():
     video = Video.from_arrays("v", np.zeros((1, 1, 3), np.uint8), masks, object_ids=[3, 300])
     assert video.id_map(0).tolist() == [[3, 300, 300]]
     assert not Video.from_arrays("v", np.zeros((1, 1, 3), np.uint8), masks[:, :0]).id_map(0).any()
+
+
+def test_a_map_of_many_objects_takes_little_more_memory_than_their_masks():
+    masks = (np.arange(256 * 256) % 80 == np.arange(80)[:, None]).reshape(1, 80, 256, 256)
+    video = Video.from_arrays("v", np.zeros((1, 256, 256), np.uint8), masks, range(1001, 1081))
+    tracemalloc.start()
+    ids = video.id_map(0)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2 * masks.nbytes and (ids.ravel() == np.arange(256 * 256) % 80 + 1001).all()
