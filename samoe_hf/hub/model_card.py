@@ -60,11 +60,12 @@ def build_model_card(
     *,
     base: Mapping[str, Any] | None = None,
     experts_only: bool = False,
+    branch: str | None = None,
 ) -> ModelCard:
     """The card of a model, in the repository `model_id`.
 
     `base` is what it was loaded from, by default `model.origin.source`; with `experts_only` the repository holds only
-    what was trained.
+    what was trained. `branch` is the one that it is pushed to, the main one by default.
     """
     content, base, kind = content or CardContent(), base or model.origin.source or {}, base_of(model.config)
     name = base.get("name_or_path")
@@ -93,6 +94,7 @@ def build_model_card(
         model=model,
         config=model.config,
         model_id=model_id,
+        branch=None if branch in (None, "main") or branch.startswith("refs/pr/") else branch,  # pulls are to be merged
         experts_only=experts_only,
         content=content,
         datasets=datasets,

@@ -80,7 +80,7 @@ def push(
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         base = json.loads((Path(folder) / CONFIG_NAME).read_text(encoding="utf-8"))["base_model"] or loaded
         if card is not None or not api.file_exists(repo_id, "README.md", revision=revision):
-            write_model_card(model, folder, repo_id, content, base=base, experts_only=experts_only)
+            write_model_card(model, folder, repo_id, content, base=base, experts_only=experts_only, branch=revision)
         else:  # as with other models, a card that was written by hand stays
             add_tags(api.hf_hub_download(repo_id, "README.md", revision=revision), folder, card_tags(model, tags, base))
         return api.upload_folder(

@@ -434,10 +434,9 @@ class SamoeTrainer(Trainer):
             language=language,
             tags=tags,
         )
-        model, name = unwrapped(self.model), model_name or self.args.folder.name
-        write_model_card(
-            model, self.args.folder, self.hub_model_id or name, content, experts_only=self._saves_only_trained()
-        )
+        model, name = unwrapped(self.model), self.hub_model_id or model_name or self.args.folder.name
+        options = {"experts_only": self._saves_only_trained(), "branch": self.args.hub_revision}
+        write_model_card(model, self.args.folder, name, content, **options)
 
     def _issue_warnings_after_load(self, load_result) -> None:
         # Checkpoints lack what is not trained.

@@ -247,6 +247,9 @@ def test_pushing_again_replaces_weights_and_keeps_the_card(server, base):
     card = repository.files["README.md"].decode()
     assert "- first" in card and "- second" in card, "a card that is there stays, but for tags"
     assert set(repository.branches) == {"main", "other"}
+    base.push_to_hub("new", revision="b")
+    card = server.repositories["tester/new"].commits[server.repositories["tester/new"].branches["b"]]["README.md"]
+    assert card.decode().count('from_pretrained("tester/new", revision="b")') == 2
 
 
 def test_experts_of_domains_are_files_that_go_and_come_with_them(server, base):
