@@ -85,7 +85,12 @@ def run(parsed: argparse.Namespace) -> None:
             print(f"The experts may have {DEFAULT_BUDGET}; `--budget` says otherwise.")
     rank = [] if parsed.lora_rank in (None, AUTO) else ["--lora_rank", parsed.lora_rank]
     words = [*of_dataset, *former, *rank, *parsed.overrides]
-    result = adapt(parsed.model, parsed.domain, words, parsed.output, like, budget)
+    try:
+        result = adapt(parsed.model, parsed.domain, words, parsed.output, like, budget)
+    except InputError as error:
+        if "`output_dir`" not in str(error):
+            raise
+        raise InputError(str(error).replace("`output_dir`", "`--output`")) from error
     if not is_first_process():
         return
     print(result.describe())

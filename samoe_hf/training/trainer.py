@@ -168,6 +168,9 @@ class SamoeTrainer(Trainer):
         if args.compile_parts:
             model.compile_for_tracking()
         self.writer = OneWriter(args.folder, "`output_dir`")
+        with input_errors(f"`output_dir` {args.folder} cannot be written"):
+            if args.should_save:  # as Trainer does, without a word of what it is for
+                args.folder.mkdir(parents=True, exist_ok=True)
         # Trainer is not given the processor, since it aligns special tokens of each processor's tokenizer.
         with setting_errors():
             super().__init__(wrapped, args, ClipCollator(keep_domain=True), train_dataset, **kwargs)

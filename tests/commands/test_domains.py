@@ -209,8 +209,11 @@ def test_a_folder_that_cannot_be_made_is_named_in_a_line(samoe, folder, tmp_path
         make(path, *args, **options)
 
     monkeypatch.setattr(Path, "mkdir", refuse)
-    for words in (["domains", "show", folder], ["experts", folder, *DATA], ["data", "check", *DATA[1:]]):
-        assert "refused cannot be written: " in samoe(*words, "--output", tmp_path / "refused", fails=True)
+    adapt = ["adapt", folder, "--domain", "x", "--dataset", "smoke", "--trainable", "experts"]
+    for words in (["domains", "show", folder], ["experts", folder, *DATA], ["data", "check", *DATA[1:]], adapt):
+        assert f"`--output` {tmp_path / 'refused'} cannot be written: " in samoe(
+            *words, "--output", tmp_path / "refused", fails=True
+        )
 
 
 def test_two_processes_do_not_change_a_model_at_once(samoe, copy_of, monkeypatch):

@@ -347,7 +347,7 @@ def test_what_is_wrong_is_said_before_anything_is_written(base, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             adapt(base, "x", [run, *options], tmp_path / "out")
-    with pytest.raises(ValueError, match=r"`output_dir` .* holds the base model"):
+    with pytest.raises(ValueError, match=r"`--output` .* holds the base model"):
         run_command([*words, str(base)])
     assert not (tmp_path / "out").exists()
 
