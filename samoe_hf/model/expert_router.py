@@ -22,7 +22,8 @@ from .graphs import uncompiled
 class Router(nn.Module):
     """The logits of the experts, a linear function: (..., in_features) -> (..., num_experts).
 
-    It is no `nn.Linear`, so that adapters for all linear layers of a model leave it alone.
+    It is no `nn.Linear`, so that adapters for all linear layers of a model leave it alone. A mixture computes with its
+    weight and bias and does not call it, so its hooks are not run; those of [`RouterLogits`], `router_logits`, are.
     """
 
     def __init__(
