@@ -7,6 +7,9 @@ from torch.nn import functional as F
 from .memory_bank import Evidence
 from .memory_selection import MIN_IOU
 
+# How many steps of a search are begun before the device is asked whether they were enough; more change nothing.
+STEPS_PER_WAIT = {"cpu": 1}
+
 
 def judge(
     masks: Tensor, candidates: Tensor, iou_scores: Tensor, object_score_logits: Tensor, find_doubles: bool
@@ -59,7 +62,8 @@ def _largest_regions(masks: Tensor) -> Tensor:
     labels, before = index * masks, None
     while before is None or not torch.equal(labels, before):  # until the largest index has spread over each region
         before = labels
-        labels = F.max_pool2d(labels, 3, stride=1, padding=1) * masks
+        for _ in range(STEPS_PER_WAIT.get(masks.device.type, 32)):
+            labels = F.max_pool2d(labels, 3, stride=1, padding=1) * masks
     flat = labels.long().flatten(2)
     areas = torch.zeros(*flat.shape[:2], height * width + 1, device=masks.device)
     areas.scatter_add_(2, flat, torch.ones_like(flat, dtype=areas.dtype))
