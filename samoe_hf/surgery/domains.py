@@ -5,6 +5,7 @@ experts' parameters are new ones, so optimizers must be made afterwards.
 """
 
 import copy
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -290,6 +291,8 @@ def _domain_index(model: SamoeModel, name: str) -> int:
 
 def _check_new_name(model: SamoeModel, name: str, argument: str, old: str | None = None) -> None:
     check_domain_name(name)
+    if re.fullmatch(r"(?i)con|prn|aux|nul|(com|lpt)\d", name):
+        raise InputError(f"`{argument}` must not be {name!r}, since Windows has no file of that name.")
     for other in model.config.domain_names:
         # Each domain has a file of its name, and some file systems know no case.
         if other.lower() == name.lower() and (other == name or other != old):

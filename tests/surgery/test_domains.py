@@ -180,6 +180,7 @@ def test_a_new_domain_starts_from_experts_of_the_same_kind_alone(model, two_clip
         ("a", {}, "is the name of a domain that the model has"),
         ("A", {}, "'A' is the name of a domain that the model has, 'a'"),  # files of these names can be the same
         ("auto", {}, "be none of auto, none, base"),
+        ("Con", {}, "`name` must not be 'Con', since Windows has no file of that name"),
         ("x.y", {}, r"must be of letters \(a to z\), digits, _ and -"),
         (5, {}, "must be of letters"),
         ("c", {"num_experts": 2, "num_experts_per_tok": 3}, r"Domain 'c': `num_experts_per_tok` must be at most"),
