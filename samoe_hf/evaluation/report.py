@@ -188,11 +188,14 @@ def describe_choice(
     Args:
         unknown: "nearest" or "mix" where the video looks like no known domain, see [`SamoeConfig`].
     """
-    if unknown is not None:
-        experts_of = f"{'half of ' if unknown == 'mix' else ''}{experts_of} (nearest: it is of no known domain)"
     sure = "" if confidence is None else f", {confidence:.0%} sure"
     among = ", ".join(f"{likelihood:.0%} {name}" for name, likelihood in (rivals or {}).items())
-    return (experts_of or NO_NUMBER) + sure + (f" ({among})" if among else "")
+    return (_whose(experts_of, unknown) or NO_NUMBER) + sure + (f" ({among})" if among else "")
+
+
+def _whose(experts_of: str | None, unknown: str | None) -> str | None:
+    half = "half of " if unknown == "mix" else ""
+    return experts_of if unknown is None else f"{half}{experts_of} (nearest: it is of no known domain)"
 
 
 def describe_choices(videos: Mapping[str, Mapping[str, Any]]) -> str:
@@ -203,11 +206,13 @@ def describe_choices(videos: Mapping[str, Mapping[str, Any]]) -> str:
     if len(choices) <= MAX_CHOICES:
         rows = [[name, describe_choice(*choice)] for name, choice in choices.items()]
         return format_table(["video", "experts of"], rows, left=(0, 1))
+    sure: dict[str, list[float | None]] = {}
+    for experts_of, confidence, _, unknown in choices.values():
+        sure.setdefault(str(_whose(experts_of, unknown)), []).append(confidence)
     rows = []
-    for name in sorted({experts_of for experts_of, *_ in choices.values()}):
-        sure = [confidence for other, confidence, *_ in choices.values() if other == name]
-        known = [value for value in sure if value is not None]
-        rows.append([name, len(sure), format_number(100 * sum(known) / len(known) if known else None, 0)])
+    for name, values in sorted(sure.items()):
+        known = [value for value in values if value is not None]
+        rows.append([name, len(values), format_number(100 * sum(known) / len(known) if known else None, 0)])
     return format_table(["experts of", "videos", "% sure, on average"], rows)
 
 

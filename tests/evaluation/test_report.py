@@ -13,6 +13,7 @@ from samoe_hf.data import Video, read_video
 from samoe_hf.evaluation import report
 from samoe_hf.evaluation.report import (
     comparison_table,
+    describe_choices,
     eval_results,
     format_number,
     summary_table,
@@ -128,6 +129,14 @@ def test_where_to_look_and_what_was_corrected_are_told(tmp_path, without_plots, 
     assert "model_0: 40 of 200 masks have a J below 0.5; 40 % of these are among the tenth with the largest" in text
     assert "(10 % by chance, 50 % at best) - model_1: none of 200 masks has a J below 0.5 ##" in text
     assert said in text
+
+
+def test_of_many_videos_those_of_no_known_domain_are_told_apart():
+    choices = [*[("a", 0.9, None)] * 20, *[("a", 0.2, "mix")] * 9, ("base", 0.7, None), ("b", None, None)]
+    videos = {str(n): dict(zip(("experts_of", "confidence", "unknown"), x, strict=True)) for n, x in enumerate(choices)}
+    rows = [re.split("  +", line) for line in describe_choices(videos).splitlines()]
+    stranger = ["half of a (nearest: it is of no known domain)", "9", "20"]
+    assert rows[1:] == [["a", "20", "90"], ["b", "1", "–"], ["base", "1", "70"], stranger]
 
 
 def test_results_go_into_a_model_card():
