@@ -67,7 +67,7 @@ def run_command(name: str, arguments: Sequence[str]) -> None:
         quiet_libraries()  # not needed for a help text, and slow
         command.run(parsed)
     except Exception as error:
-        is_full = is_disk_full(error)
+        is_full = is_disk_full(error) and "the disk is full" not in str(error)
         if "--traceback" in arguments or not (is_full or isinstance(error, InputError | FileNotFoundError)):
             raise
         advice = " Nothing that was there is lost. Make room, and run the command again." if is_full else ""

@@ -113,6 +113,11 @@ def test_a_full_disk_comes_with_advice_wherever_it_is_noticed(command):
         command(function)
         with pytest.raises(SystemExit, match=r"^error: the disk is full: .* Make room, and run the command again\.$"):
             main(["export"])
+    known = InputError("a was not written, since the disk is full: resume")  # has advice of its own
+    known.__cause__ = OSError(errno.ENOSPC, "No space left on device")
+    command(lambda: fail(known))
+    with pytest.raises(SystemExit, match=f"^error: {known}$"):
+        main(["train"])
 
 
 @pytest.mark.parametrize("arguments", [[], ["--traceback"]])
