@@ -2,8 +2,12 @@
 
 import io
 import os
+import signal
 import socket
+import threading
+from contextlib import ExitStack
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -139,3 +143,19 @@ def test_the_page_computes_in_the_type_and_compiled(model_folder, small_video, t
     session.click(session.add_object(), 0, 20, 20)
     tracked = list(session.propagate())
     assert len(tracked) == session.num_frames
+
+
+@pytest.mark.skipif(os.name == "nt", reason="such signals are not sent there")
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_the_page_is_closed_in_order_also_with_its_terminal(name):
+    from samoe_hf.app.server import until_stopped
+
+    with ExitStack() as stack:
+        for one in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            stack.callback(signal.signal, one, signal.signal(one, signal.SIG_DFL))
+        page = stack.enter_context(ExitStack())
+        page.callback(stopped := Mock())
+        page.url = "here"
+        threading.Timer(0.2, os.kill, (os.getpid(), getattr(signal, name))).start()
+        until_stopped(page)
+        stopped.assert_called_once()
