@@ -269,6 +269,7 @@ class LabelRun(RunFolder):
     """
 
     kind = "labels"
+    parts = ("labels.json", LOOKS, "finished", "masks", "tracks")
 
     def __init__(self, folder: str | Path, identity: Mapping[str, Any], layout: MaskFormat):
         super().__init__(folder, {**identity, "layout": layout})
@@ -285,14 +286,6 @@ class LabelRun(RunFolder):
                 if any((self.folder / UNFINISHED).iterdir()):
                     print(f"{self.folder}: removed the masks of videos that a stopped process had not finished.")
                 shutil.rmtree(self.folder / UNFINISHED)
-
-    def clear(self) -> None:
-        """Removes the masks of an earlier run, and before them what says that they are finished."""
-        for name in ("labels.json", LOOKS):
-            (self.folder / name).unlink(missing_ok=True)
-        for name in ("finished", "masks", "tracks"):
-            if (self.folder / name).exists():
-                shutil.rmtree(self.folder / name)
 
     def finished_path(self, video: PromptedVideo) -> Path:
         """The file that says that a video's masks are there; `InputError` for an id that leads out of the folder."""

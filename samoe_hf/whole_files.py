@@ -91,13 +91,13 @@ def clear_unfinished(target: str | os.PathLike) -> list[str]:
             if path.suffix == ".old" and not target.exists():
                 path.rename(target)
             else:
-                _remove(path)
+                remove(path)
     within = re.compile(rf"\..+\.{_HEX}(\.\w+)?|{UNSAVED}.+")
     for folder, folders, files in os.walk(target):
         for name in [*folders, *files]:
             if within.fullmatch(name):
                 cleared.append(name)
-                _remove(Path(folder, name))
+                remove(Path(folder, name))
         folders[:] = [name for name in folders if name not in cleared and name != "masks"]
     return cleared
 
@@ -107,7 +107,8 @@ def _short(name: str) -> str:
     return name if len(os.fsencode(name)) <= _MANY_BYTES else hashlib.sha256(os.fsencode(name)).hexdigest()
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Removes a file, or a folder with all that is in it."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

@@ -193,22 +193,6 @@ def test_videos_may_be_added_and_prompts_mended(model_folder, clips, tmp_path):
     assert finished.stat().st_mtime_ns == before and len(read_masks(tmp_path / "out")) == 4, "nothing is lost"
 
 
-def test_masks_may_lie_on_another_disk(model_folder, data, tmp_path, monkeypatch):
-    def refuse_unfinished(source, target, *, move, **options):
-        if ".unfinished" in str(source):
-            raise OSError(errno.EXDEV, "Invalid cross-device link")
-        move(source, target, **options)
-
-    for name in ("rename", "replace"):
-        monkeypatch.setattr(os, name, partial(refuse_unfinished, move=getattr(os, name)))
-    words = [model_folder, "--dataset", data, "--output", tmp_path / "out"]
-    label(*words)
-    first = read_masks(tmp_path / "out")
-    next((tmp_path / "out" / "finished").rglob("*.json")).unlink()  # and in place of masks that are there
-    label(*words)
-    assert len(first) == NUM_VIDEOS * NUM_FRAMES and same(read_masks(tmp_path / "out"), first)
-
-
 def test_a_stopped_run_goes_on_and_another_is_refused(model_folder, data, tmp_path, capsys, monkeypatch):
     from samoe_hf import labelling
 
@@ -275,7 +259,14 @@ def test_labels_of_other_masks_or_frames_are_not_taken_for_the_new_ones(model_fo
         label(model_folder, *words)
 
 
-def test_a_video_is_finished_when_its_masks_are_there(model_folder, one_video, tmp_path, capsys):
+def test_a_video_is_finished_when_its_masks_are_there(model_folder, one_video, tmp_path, capsys, monkeypatch):
+    def refuse_unfinished(source, target, *, move, **options):
+        if ".unfinished" in str(source):
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        move(source, target, **options)
+
+    for name in ("rename", "replace"):  # masks may lie on another disk
+        monkeypatch.setattr(os, name, partial(refuse_unfinished, move=getattr(os, name)))
     words = ["--dataset", one_video[0], "--output", tmp_path / "out"]
     label(model_folder, *words)
     before = read_masks(tmp_path / "out")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from samoe_hf.model.weights_io import updated_folder
+from samoe_hf.model.weights_io import unchanged_model, updated_folder
 from samoe_hf.whole_files import clear_unfinished, new_folder, whole_file, write_text
 
 
@@ -54,14 +54,20 @@ def test_a_killed_save_leaves_the_old_files_or_the_new_ones(tmp_path, monkeypatc
     reached_end = count < step
     texts = {path.read_text() for path in map(tmp_path.joinpath, [*new, *old]) if path.exists()}
     assert len(texts) == 1 or not (tmp_path / "config.json").exists(), "no reader sees a mixture"
+    with unchanged_model(tmp_path):  # where a reader comes first, it finds the new ones whole
+        assert (tmp_path / "config.json").exists()
     cleared = clear_unfinished(tmp_path)
     found = {str(path.relative_to(tmp_path)): path.read_text() for path in tmp_path.rglob("*") if path.is_file()}
     assert found in (dict.fromkeys(old, "old"), dict.fromkeys(new, "new"))
     assert bool(cleared) == (found["config.json"] == "old") and not (reached_end and cleared)
 
 
-def test_a_file_is_whole_or_not_there(tmp_path):
-    path = tmp_path / "new" / "a.txt"
+LONG = "視" * 83  # 249 of 255 bytes
+
+
+@pytest.mark.parametrize("name", ["a.txt", f"{LONG}.txt"])
+def test_a_file_is_whole_or_not_there(tmp_path, name):
+    path = tmp_path / "new" / name
     with pytest.raises(RuntimeError), whole_file(path) as temporary:
         temporary.write_text("half")
         raise RuntimeError
@@ -73,27 +79,19 @@ def test_a_file_is_whole_or_not_there(tmp_path):
     assert path.read_text() == "first" and list(path.parent.iterdir()) == [path]
 
 
-def test_names_may_be_as_long_as_the_disk_takes_them(tmp_path):
-    path, folder = tmp_path / f"{'視' * 83}.json", tmp_path / ("視" * 85)
-    write_text(path, "whole")
-    with new_folder(folder) as temporary:
-        write_text(temporary / path.name, "whole")
-    assert path.read_text() == (folder / path.name).read_text() == "whole" and len(list(tmp_path.iterdir())) == 2
-    unfinished = [whole_file(path), new_folder(folder, overwrite=True)]
-    unfinished[0].__enter__().write_text("half")
-    unfinished[1].__enter__()
-    assert clear_unfinished(path) and clear_unfinished(folder) and len(list(tmp_path.iterdir())) == 2
-
-
+@pytest.mark.parametrize("name", ["out", LONG])
 @pytest.mark.parametrize("open_folder", [new_folder, updated_folder])
-def test_a_folder_is_written_whole_or_not_at_all(tmp_path, open_folder):
-    with pytest.raises(RuntimeError), open_folder(tmp_path / "out") as temporary:
+def test_a_folder_is_written_whole_or_not_at_all(tmp_path, open_folder, name):
+    with pytest.raises(RuntimeError), open_folder(tmp_path / name) as temporary:
         (temporary / "a").write_text("half")
         raise RuntimeError
     assert list(tmp_path.iterdir()) == []
-    with open_folder(tmp_path / "out") as temporary:
+    killed = open_folder(tmp_path / name)
+    (killed.__enter__() / "a").write_text("half")
+    assert clear_unfinished(tmp_path / name)
+    with open_folder(tmp_path / name) as temporary:
         (temporary / "a").write_text("whole")
-    assert (tmp_path / "out" / "a").read_text() == "whole" and len(list(tmp_path.iterdir())) == 1
+    assert (tmp_path / name / "a").read_text() == "whole" and len(list(tmp_path.iterdir())) == 1
 
 
 def test_what_others_have_written_meanwhile_is_not_replaced(tmp_path):

@@ -140,14 +140,6 @@ def read_prompts(parsed: argparse.Namespace) -> list[VideoPrompt]:
     return list(prompts.values())
 
 
-def check_apart(output: Path, masks: Path, tracks: Path) -> None:
-    """Raises an `InputError` if the folder of masks is to be the overlay or the table, lie in them, or hold them."""
-    for path in (output, tracks):
-        one, other = path.resolve(), masks.resolve()
-        if one.is_relative_to(other) or other.is_relative_to(one):
-            raise InputError(f"`--masks` must be a new folder, apart from {path}, got {masks}.")
-
-
 def check_outputs(output: Path, masks: Path, tracks: Path, video: Path, overwrite: bool, layout: str | None) -> None:
     """Raises an `InputError` for what would be found only after the video was tracked.
 
@@ -180,7 +172,9 @@ def run(parsed: argparse.Namespace) -> None:
 
     target = parsed.masks or parsed.output.with_name(f"{parsed.output.stem}_masks")
     tracks = parsed.output.with_name(f"{parsed.output.stem}_tracks.csv")
-    check_apart(parsed.output, target, tracks)
+    for one, other in ((path.resolve(), target.resolve()) for path in (parsed.output, tracks)):
+        if one.is_relative_to(other) or other.is_relative_to(one):
+            raise InputError(f"`--masks` must be a new folder, apart from {one}, got {target}.")
     with input_errors():
         prompts = read_prompts(parsed)
         frames = read_video(parsed.video)

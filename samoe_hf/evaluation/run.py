@@ -6,7 +6,6 @@ import json
 import math
 import os
 import platform
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -52,6 +51,7 @@ class EvaluationRun(RunFolder):
     """
 
     kind = "an evaluation"
+    parts = ("scores", "seed_*/scores", "masks", "seed_*/masks")
 
     def __init__(
         self, folder: Path, identity: Mapping[str, Any], layout: MaskFormat = "davis", predictions: Path | None = None
@@ -59,13 +59,6 @@ class EvaluationRun(RunFolder):
         super().__init__(folder, identity)
         self.layout: MaskFormat = layout
         self.predictions = predictions
-
-    def clear(self) -> None:
-        """Removes the results of an earlier run: first the scores, which say that a video is finished."""
-        for name in ("scores", "masks"):
-            for folder in (self.folder, *self.folder.glob("seed_*")):
-                if (folder / name).exists():
-                    shutil.rmtree(folder / name)
 
     def scores_path(self, video: Video, seed: int | None) -> Path:
         """The file of a video's result; ValueError for an id that leads out of the folder."""

@@ -1,7 +1,6 @@
 """A folder that is filled step by step, by a run that can be stopped and go on."""
 
 import json
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 from samoe_hf.data.frames import check_inside
 from samoe_hf.errors import InputError
 from samoe_hf.one_writer import OneWriter
-from samoe_hf.whole_files import write_text
+from samoe_hf.whole_files import remove, write_text
 
 LONG = 300  # characters in which two values are shown
 # What the commands have options for, by its name in a run's identity.
@@ -18,11 +17,18 @@ OPTIONS = {
 }
 
 
-class RunFolder(ABC):
+class RunFolder:
     """A folder in which a stopped run goes on, as long as its identity in `run.json`, all that it depends on, is the
-    same."""
+    same.
 
-    kind = "a run"
+    Attributes:
+        kind: what it is called in messages.
+        parts: patterns of what it writes, in the order in which it is removed: first what says that something is
+            finished.
+    """
+
+    kind: str
+    parts: tuple[str, ...]
 
     def __init__(self, folder: str | Path, identity: Mapping[str, Any]):
         self.folder, self.identity = Path(folder), json.loads(json.dumps(identity))
@@ -33,8 +39,9 @@ class RunFolder(ABC):
         path = self.folder / "run.json"
         with self.writer:
             self.check(overwrite)
-            if path.is_file() and overwrite:
-                self.clear()
+            for pattern in self.parts if path.is_file() and overwrite else ():
+                for part in self.folder.glob(pattern):
+                    remove(part)
             write_text(path, json.dumps(self.identity, indent=2))
 
     def check(self, overwrite: bool = False) -> None:
@@ -43,10 +50,6 @@ class RunFolder(ABC):
             return None if overwrite else self.check_same()
         if self.folder.is_dir() and any(file.name not in self.writer.files for file in self.folder.iterdir()):
             raise InputError(f"{self.folder} is not empty, and not the folder of {self.kind}.")
-
-    @abstractmethod
-    def clear(self) -> None:
-        """Removes what an earlier run has written: first what says that something is finished."""
 
     def check_same(self) -> None:
         """Raises an `InputError`, which names what differs, if the folder holds another run."""
