@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,10 @@ def combine_runs(
     """
     first, every = next(iter(runs.values())), [result for run in runs.values() for result in run]
     objects = [_mean(rows) for rows in zip(*(_object_rows(run, protocol) for run in runs.values()), strict=True)]
+    counted = defaultdict(list)  # of each video
+    for row in objects:
+        if row["num_frames"]:
+            counted[row["domain"], row["video"]].append(row)
     summaries = [_summary(run, protocol, groups) for run in runs.values()]
     of_domains = {
         domain: [_summary([r for r in run if r.domain == domain], protocol) for run in runs.values()]
@@ -71,7 +76,9 @@ def combine_runs(
         **_mean_and_std(summaries),
         "runs": [{"seed": seed, "summary": summary} for seed, summary in zip(runs, summaries, strict=True)],
         "domains": {domain: _mean_and_std(values) for domain, values in of_domains.items()},
-        "videos": [_video_row(results, objects) for results in zip(*runs.values(), strict=True)],
+        "videos": [
+            _video_row(own, counted[own[0].domain, own[0].video_id]) for own in zip(*runs.values(), strict=True)
+        ],
         "objects": objects,
         "over_time": _over_time(every, len(runs)),
         "by_size": _by_size(every, len(runs), protocol),
@@ -117,10 +124,9 @@ def _object_rows(results: Sequence[VideoResult], protocol: Protocol) -> list[dic
     return rows
 
 
-def _video_row(results: Sequence[VideoResult], objects: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """A video's row: the means over its objects. `results`: of the same video in each run."""
+def _video_row(results: Sequence[VideoResult], counted: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A video's row: the means over its objects that count. `results`: of the same video in each run."""
     first = results[0]
-    counted = [o for o in objects if (o["domain"], o["video"]) == (first.domain, first.video_id) and o["num_frames"]]
     row = {"domain": first.domain, "video": first.video_id, "num_objects": len(first.scores.object_ids)}
     row |= {"num_frames": first.num_frames, **_speed(results)}
     if first.experts_of is not None:
@@ -211,8 +217,8 @@ def compare_models(model: Mapping[str, Any], baseline: Mapping[str, Any]) -> dic
     """
     pairs = zip(model["objects"], baseline["objects"], strict=True)
     counted = [(a, b) for a, b in pairs if a["num_frames"] and b["num_frames"]]
-    videos = sorted({(a["domain"], a["video"]) for a, _ in counted})
-    index = np.array([videos.index((a["domain"], a["video"])) for a, _ in counted], dtype=int)
+    places = {key: place for place, key in enumerate(sorted({(a["domain"], a["video"]) for a, _ in counted}))}
+    index = np.array([places[a["domain"], a["video"]] for a, _ in counted], dtype=int)
     metrics = {}
     for name in MAIN_METRICS:
         if not counted or not all(name in row for pair in counted for row in pair):
@@ -232,7 +238,7 @@ def compare_models(model: Mapping[str, Any], baseline: Mapping[str, Any]) -> dic
     return {
         "model": model["label"],
         "baseline": baseline["label"],
-        "num_videos": len(videos),
+        "num_videos": len(places),
         "num_objects": len(counted),
         "metrics": metrics,
     }
