@@ -2,7 +2,6 @@
 
 import os
 import shutil
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -21,7 +20,7 @@ from samoe_hf.hub.repository import find_domains
 from samoe_hf.model.base import MODEL_TYPES
 from samoe_hf.model.base_model import build_on_meta
 from samoe_hf.model.configuration_samoe import SamoeConfig
-from samoe_hf.model.domain_experts import domain_tensors, module_domain
+from samoe_hf.model.domain_experts import count_domain_values
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.processing_samoe import VideoProcessor
 from samoe_hf.model.weights_files import resolve_commit
@@ -44,14 +43,12 @@ def list_domains(model: SamoeModel, config: SamoeConfig | None = None) -> list[l
     Args:
         config: of a model that was loaded without experts, that of the whole one.
     """
-    rows, sizes, config = [], Counter(), config or model.config
-    if config.domains:
-        plain = build_on_meta(config.without_domain_experts())
-        for name, tensors in domain_tensors(plain, config.domains).items():
-            sizes[module_domain(name)] += sum(tensor.numel() for tensor in tensors.values())
+    rows, config = [], config or model.config
+    plain = build_on_meta(config.without_domain_experts()) if config.domains else model
+    sizes = count_domain_values(plain, config.domains or ())
     counts = [] if model.domain_gate is None else model.domain_gate.counts.tolist()
     for domain, count in zip(config.domains or [], counts, strict=True):
-        megabytes = sizes[domain["name"]] * model.dtype.itemsize / 1e6
+        megabytes = sizes.get(domain["name"], 0) * model.dtype.itemsize / 1e6
         rank = domain["lora_rank"] if domain["num_experts"] else NO_NUMBER
         rank = f"up to {rank}" if "rank_pattern" in domain else rank
         size = f"{megabytes:.2f}" if megabytes >= 0.1 else f"{megabytes:.1g}"

@@ -61,14 +61,11 @@ def encode_frames(model: SamoePreTrainedModel, pixel_values: Tensor, batch_size:
         frames = pixel_values[start : start + size]
         with use_rows(rows[start : start + size]):
             outputs: Any = model.outlive_graphs(model.get_image_features(frames, **AS_OBJECT))
-        parts.append([_to_map(model, level, x) for level, x in enumerate(outputs.fpn_hidden_states[:NUM_LEVELS])])
+        maps = zip(outputs.fpn_hidden_states[:NUM_LEVELS], model.backbone_feature_sizes, strict=False)
+        # From (tokens, rows, channels), as transformers keeps features, to (rows, channels, height, width).
+        parts.append([x.permute(1, 2, 0).unflatten(2, tuple(size)) for x, size in maps])
     levels = [torch.cat(x) for x in zip(*parts, strict=True)] if len(parts) > 1 else parts[0]
     return with_positions(model, *levels)
-
-
-def _to_map(model: SamoePreTrainedModel, level: int, features: Tensor) -> Tensor:
-    """(tokens, rows, channels), as transformers keeps features, to (rows, channels, height, width)."""
-    return features.permute(1, 2, 0).unflatten(2, tuple(model.backbone_feature_sizes[level]))
 
 
 def with_positions(model: SamoePreTrainedModel, fine: Tensor, middle: Tensor, coarse: Tensor) -> ImageFeatures:
