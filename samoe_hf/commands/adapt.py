@@ -36,7 +36,7 @@ OPTIONS_OF_KEYS = {
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """The options, with further ones of the run in `overrides`."""
     parser = command_parser("adapt", __doc__)
-    parser.add_argument("model", metavar="MODEL", help="a SamoeModel, SAM 2 video, SAM 3, or an original .pt")
+    parser.add_argument("model", metavar="MODEL", help="a SamoeModel, SAM 2 video, SAM 3, EdgeTAM, or an original .pt")
     videos = parser.add_argument_group("videos")
     help_text = "a folder of videos and masks; one dataset as in a run; or a run, see `samoe train`"
     videos.add_argument("--dataset", required=True, metavar="FOLDER|RUN.yaml|{kind: ...}", help=help_text)

@@ -39,7 +39,8 @@ WAITING_BYTES = 2**30  # of models that are kept from their check until their tu
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser = options.command_parser("evaluate", __doc__)
     models = parser.add_argument_group("models")
-    models.add_argument("model", nargs="?", metavar="MODEL", help="a SamoeModel, SAM 2 video, SAM 3 or an original .pt")
+    help_text = "a SamoeModel, SAM 2 video, SAM 3, EdgeTAM or an original .pt"
+    models.add_argument("model", nargs="?", metavar="MODEL", help=help_text)
     models.add_argument("--model", action="append", default=[], dest="models", metavar="MODEL", help="one more")
     help_text = "score these masks as well"
     models.add_argument("--predictions", action="append", default=[], type=Path, metavar="DIR", help=help_text)

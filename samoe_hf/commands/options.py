@@ -103,7 +103,7 @@ def tracking_options(parsed: argparse.Namespace, memory_selection: str | None = 
 def add_model_option(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """Adds the model and the options that go with an original checkpoint, for [`load_model`]."""
     group = parser.add_argument_group("model")
-    group.add_argument("model", metavar="MODEL", help="a SamoeModel, SAM 2 video, SAM 3, or an original .pt")
+    group.add_argument("model", metavar="MODEL", help="a SamoeModel, SAM 2 video, SAM 3, EdgeTAM, or an original .pt")
     add_original_options(group)
     return group
 

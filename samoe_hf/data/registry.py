@@ -37,7 +37,8 @@ def load_videos(
     Args:
         kind: a folder, whose layout is recognized and logged; or a kind of dataset: "files" (videos of your own),
             "davis", "youtube_vos", "mose", "lvos", "frames" (`JPEGImages` and `Annotations` of any source), "sa_v",
-            "sa_v_val", "ocid", "npz", "nifti", "coco", "synthetic" or "dataset" (on the Hub or on disk).
+            "sa_v_val", "ocid", "npz", "nifti", "coco", "ytvis", "yolo", "cvat", "labelme", "labelstudio", "synthetic"
+            or "dataset" (on the Hub or on disk).
         root: its folder or name; none for "synthetic". Without a kind, its layout is recognized.
         split: as the reader of that kind understands it.
         domain: the videos' domain, the name for routing and metrics; by default the kind's, and the folder's for videos

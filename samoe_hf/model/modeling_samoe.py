@@ -386,9 +386,9 @@ class SamoeModel(SamoePreTrainedModel):
         Args:
             pretrained_model_name_or_path: one of
                 - a folder or Hub id of a SamoeModel;
-                - a folder or Hub id of a SAM 2 video model, or of SAM 3, whose tracker is taken: experts without effect
-                  are added;
-                - an original checkpoint, of SAM 2, SAM2-MoE or SAM 3 (a `.pt` file, or one of safetensors).
+                - a folder or Hub id of a SAM 2 video model, of EdgeTAM, or of SAM 3, whose tracker is taken: experts
+                  without effect are added;
+                - an original checkpoint, of SAM 2, SAM2-MoE, EdgeTAM or SAM 3 (a `.pt` file, or one of safetensors).
             experts: with an original checkpoint, a file of experts that SAM2-MoE's trainers saved.
             original_config: with an original checkpoint, its YAML; needed for sizes other than Meta's.
             output_loading_info: whether to return what was missing and the like as well. Without it, one line is logged
