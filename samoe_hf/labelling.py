@@ -314,14 +314,12 @@ class LabelRun(RunFolder):
                 f"{self.folder} has {video.key} from other prompts or frames. Choose another `--output`, or replace "
                 "all labels with `--overwrite`."
             )
-        found = len(self.masks(video.domain).files(video.video_id))
-        if found != entry.get("masks"):
-            print(f"{video.key} is labelled anew: {found} of {entry.get('masks')} masks are there.")
-            return False
-        if not self.tracks_path(video).is_file():
-            print(f"{video.key} is labelled anew: {self.tracks_path(video)} is missing.")
-            return False
-        return True
+        found, tracks = len(self.masks(video.domain).files(video.video_id)), self.tracks_path(video)
+        is_whole = found == entry.get("masks")
+        if not (is_whole and tracks.is_file()):
+            lacking = f"{tracks} is missing" if is_whole else f"{found} of {entry.get('masks')} masks are there"
+            print(f"{video.key} is labelled anew: {lacking}.")
+        return is_whole and tracks.is_file()
 
     def tracks_path(self, video: PromptedVideo) -> Path:
         """The file of what tracking said of a video's objects, see [`~samoe_hf.tracks.write_tracks`]."""

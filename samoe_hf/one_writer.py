@@ -49,11 +49,6 @@ class OneWriter:
         self._file, self._elsewhere = places if inside else places[::-1]
         self._about, self._lock = self._file.with_suffix(".json"), FileLock(self._file)
 
-    @property
-    def files(self) -> set[str]:
-        """The names of what lies there while it is written."""
-        return {self._file.name, self._about.name}
-
     def __enter__(self) -> "OneWriter":
         if self._depth == 0 and is_first_process():
             try:

@@ -19,16 +19,10 @@ OPTIONS = {
 
 class RunFolder:
     """A folder in which a stopped run goes on, as long as its identity in `run.json`, all that it depends on, is the
-    same.
-
-    Attributes:
-        kind: what it is called in messages.
-        parts: patterns of what it writes, in the order in which it is removed: first what says that something is
-            finished.
-    """
+    same."""
 
     kind: str
-    parts: tuple[str, ...]
+    parts: tuple[str, ...]  # patterns of what it writes, in the order to remove it: first what says that it is finished
 
     def __init__(self, folder: str | Path, identity: Mapping[str, Any]):
         self.folder, self.identity = Path(folder), json.loads(json.dumps(identity))
@@ -48,7 +42,7 @@ class RunFolder:
         """Raises an `InputError` where [`start`](RunFolder.start) would, and changes nothing."""
         if (self.folder / "run.json").is_file():
             return None if overwrite else self.check_same()
-        if self.folder.is_dir() and any(file.name not in self.writer.files for file in self.folder.iterdir()):
+        if self.folder.is_dir() and any(not file.name.startswith("_writer.") for file in self.folder.iterdir()):
             raise InputError(f"{self.folder} is not empty, and not the folder of {self.kind}.")
 
     def check_same(self) -> None:
