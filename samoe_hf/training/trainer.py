@@ -205,19 +205,17 @@ class SamoeTrainer(Trainer):
                 clear_checkpoints(folder)
             self.accelerator.wait_for_everyone()
             if resume_from_checkpoint:
-                checkpoint = self.resumed_from = resolve_checkpoint(resume_from_checkpoint, self.args)
-                is_of_another = Path(checkpoint).resolve().parent != folder.resolve() and list_checkpoints(folder)
-                if is_of_another and not self.args.overwrite_output_dir:
-                    raise InputError(ANOTHER_RUN.format(folder))
-                for sentence in check_goes_on(Path(checkpoint), self._made_from or {}):
-                    if self.is_world_process_zero():
-                        print(sentence)
-            elif others := list_checkpoints(folder):
-                if not self.args.overwrite_output_dir:
-                    raise InputError(ANOTHER_RUN.format(folder))
-                self.accelerator.wait_for_everyone()
-                for other in others if self.is_world_process_zero() else []:
-                    remove_checkpoint(other)
+                self.resumed_from = resolve_checkpoint(resume_from_checkpoint, self.args)
+            is_own = self.resumed_from and Path(self.resumed_from).resolve().parent == folder.resolve()
+            others = [] if is_own else list_checkpoints(folder)
+            if others and not self.args.overwrite_output_dir:
+                raise InputError(ANOTHER_RUN.format(folder))
+            for sentence in check_goes_on(Path(self.resumed_from), self._made_from or {}) if self.resumed_from else ():
+                if self.is_world_process_zero():
+                    print(sentence)
+            self.accelerator.wait_for_everyone()
+            for other in others if self.is_world_process_zero() else ():
+                remove_checkpoint(other)
             return super().train(self.resumed_from or None, **kwargs)
 
     def get_train_dataloader(self) -> DataLoader:

@@ -119,6 +119,9 @@ def test_a_run_goes_on_only_with_what_it_was_made_from(train, model_folder, data
     train("elsewhere", *short)
     with pytest.raises(InputError, match="elsewhere holds another run"):
         train("elsewhere", *short, "--resume_from_checkpoint", tmp_path / "out" / "checkpoint-1")
+    elsewhere = ["--resume_from_checkpoint", tmp_path / "out" / "checkpoint-1", "--overwrite_output_dir", "true"]
+    train("elsewhere", *short, *elsewhere)
+    assert not [*(tmp_path / "elsewhere").glob("checkpoint-*")], "the other run gave way"
     mask = next(data.rglob("masks/2.png"))
     before = mask.read_bytes()
     Image.fromarray(np.roll(np.asarray(Image.open(mask)), 5, axis=1)).save(mask)
