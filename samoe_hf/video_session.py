@@ -20,7 +20,7 @@ from samoe_hf.model.domain_choice import AUTO, SessionDecision
 from samoe_hf.model.memory_selection import MEMORY_SELECTIONS, forget
 from samoe_hf.model.processing_samoe import VideoProcessor
 from samoe_hf.model.prompts import SessionPrompt
-from samoe_hf.model.session import SessionObject, check_prompt
+from samoe_hf.model.session import SessionObject, check_prompt, session_objects
 
 KEPT_FRAMES = 32
 CHOICES = {"memory_selection": MEMORY_SELECTIONS, "unknown": UNKNOWN}
@@ -141,6 +141,8 @@ class VideoSession(Sam2VideoInferenceSession):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "VideoSession":
         memo[id(self)] = copied = type(self)()
+        for table in (table for one in session_objects(self) for table in one.tables):
+            memo.update((id(given), given) for given in table.values())
         with _SharedTensors():
             vars(copied).update(copy.deepcopy(vars(self), memo))
         return copied

@@ -76,6 +76,14 @@ class SessionObject(NamedTuple):
         return self.outputs["state"]
 
     @property
+    def tables(self) -> list[dict[int, Any]]:
+        """What frames gave, by frame; nobody writes into the values."""
+        tables = [self.outputs["cond_frame_outputs"], self.outputs["non_cond_frame_outputs"]]
+        if "state" in self.outputs:
+            tables += [self.state.pending, self.state.shown, *vars(self.state.bank).values()]
+        return tables
+
+    @property
     def prompted_frames(self) -> list[int]:
         """Frames with a prompt, in order."""
         return sorted({*self.session.point_inputs_per_obj[self.row], *self.session.mask_inputs_per_obj[self.row]})
@@ -259,10 +267,7 @@ def end_object(session: InferenceSession, frame_idx: int | None, obj_id: int) ->
             f"got {frame_idx}."
         )
     one.outputs["end"] = frame_idx
-    tables = [one.outputs["cond_frame_outputs"], one.outputs["non_cond_frame_outputs"]]
-    if "state" in one.outputs:
-        tables += [one.state.pending, one.state.shown, *vars(one.state.bank).values()]
-    for table in [*tables, session.frames_tracked_per_obj[one.row]]:
+    for table in [*one.tables, session.frames_tracked_per_obj[one.row]]:
         for t in [t for t in table if t >= frame_idx]:
             del table[t]
 
