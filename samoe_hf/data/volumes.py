@@ -12,7 +12,7 @@ from functools import partial
 from itertools import count, product
 from pathlib import Path
 from threading import Lock
-from typing import Any, cast
+from typing import Any
 from weakref import WeakSet
 
 import nibabel as nib
@@ -43,26 +43,18 @@ NPZ_DAMAGE = (*DAMAGE, RuntimeError, SyntaxError, tokenize.TokenError, zipfile.B
 NIFTI_DAMAGE = (*DAMAGE, ImageFileError, OrientationError, HeaderDataError, WrapStructError)
 
 
-class _Volume:
-    """A volume in files, whose values are read again where they are asked for and no longer in RAM.
+class _Volume(ArrayFrames):
+    """Slices of a volume, which is read again where they are asked for and it is no longer in RAM.
 
     So a dataset may hold more than fits there. `read` gives it as a video in RAM.
     """
 
     def __init__(self, paths: Sequence[Path], read: Callable[[], Video]):
         self.versions, self.read = {path: file_version(path) for path in paths}, read
-        self._opened: Video | None = None
-        self._used = 0
+        self._opened: Any = None
+        self.names, self.size = self.opened().frames.names, self.opened().size
 
-    def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_opened": None}
-
-    @property
-    def num_bytes(self) -> int:
-        """In RAM, of gray values and as many labels."""
-        return 0 if self._opened is None else 2 * len(self._opened) * math.prod(self._opened.size)
-
-    def opened(self) -> Video:
+    def opened(self) -> Any:
         """The video in RAM; `SampleError` where its files have changed."""
         with _lock:  # frames may be read ahead in a thread
             self._used = next(_clock)
@@ -72,35 +64,34 @@ class _Volume:
                         raise SampleError(f"{path} has changed since it was opened")
                 video = self._opened = self.read()
                 _in_ram.add(self)
-                least, share = (MIN_KEPT, SHARE_OF_RAM) if get_worker_info() is None else (1, 0)
-                kept = sorted(_in_ram, key=lambda volume: volume._used)
-                while len(kept) > least and sum(volume.num_bytes for volume in kept) > share * virtual_memory().total:
-                    kept[0]._opened = None
-                    _in_ram.discard(kept.pop(0))
+                least, room = (MIN_KEPT, SHARE_OF_RAM * virtual_memory().total) if get_worker_info() is None else (1, 0)
+                for place, volume in enumerate(sorted(_in_ram, key=lambda volume: -volume._used)):
+                    room -= 2 * volume._opened.frames.array.nbytes  # with the labels
+                    if place >= least and room < 0:
+                        volume._opened = None
+                        _in_ram.discard(volume)
             return video
-
-    def video(self) -> Video:
-        """The video, which holds no values."""
-        return replace(self.opened(), frames=_VolumeFrames(self), annotations=_VolumeIds(self))
-
-
-class _VolumeFrames(ArrayFrames):
-    def __init__(self, volume: _Volume):
-        self.volume, frames = volume, volume.opened().frames
-        self.names, self.size = frames.names, frames.size
 
     @property
     def array(self) -> np.ndarray:  # pyright: ignore[reportIncompatibleVariableOverride] (it is only read)
-        return cast(ArrayFrames, self.volume.opened().frames).array
+        return self.opened().frames.array
 
 
-class _VolumeIds(LabelMaps):
+class _Labels(LabelMaps):
+    """Labels of a volume."""
+
     def __init__(self, volume: _Volume):
-        self.volume, masks = volume, volume.opened().annotations
-        self.frames, self.size = masks.frames, masks.size
+        self.volume, labels = volume, volume.opened().annotations
+        self.frames, self.size = labels.frames, labels.size
 
     def ids(self, frame: int) -> np.ndarray:
-        return cast(LabelMaps, self.volume.opened().annotations).ids(frame)
+        return self.volume.opened().annotations.ids(frame)
+
+
+def _lasting(paths: Sequence[Path], read: Callable[[], Video]) -> Video:
+    """What `read` gives of some files, without values in RAM."""
+    volume = _Volume(paths, read)
+    return replace(volume.opened(), frames=volume, annotations=_Labels(volume))
 
 
 def read_npz(root: str | Path, split: str | None = None, window: Window | None = None) -> VideoList:
@@ -112,7 +103,7 @@ def read_npz(root: str | Path, split: str | None = None, window: Window | None =
 
 
 def _open_npz(window: Window | None, video_id: str, path: Path) -> Video:
-    return _Volume([path], partial(_read_npz, window, video_id, path)).video()
+    return _lasting([path], partial(_read_npz, window, video_id, path))
 
 
 def _read_npz(window: Window | None, video_id: str, path: Path) -> Video:
@@ -171,8 +162,7 @@ def _open_nifti(window: Window | None, by_voxels: bool, images: Path, video_id: 
         path = images / f"{video_id}_0000{label_path.name.removeprefix(video_id)}"
     if not path.is_file():
         raise FileNotFoundError(f"{images / label_path.name}: no such image for {label_path}")
-    read = partial(_read_pair, window, by_voxels, video_id, path, label_path)
-    return _Volume([path, label_path], read).video()
+    return _lasting([path, label_path], partial(_read_pair, window, by_voxels, video_id, path, label_path))
 
 
 def _read_pair(window: Window | None, by_voxels: bool, video_id: str, path: Path, label_path: Path) -> Video:
