@@ -161,7 +161,6 @@ def test_polygons_keep_every_pixel_too(kind, tmp_path):
     assert (kept.differences, kept.lost) == ([], 0)
 
 
-@pytest.mark.parametrize("kind", ["labelstudio", "davis", "yolo"])
 @pytest.mark.parametrize("kind, options", [("yolo", {}), ("cvat", {"polygons": True})])
 def test_a_mask_whose_polygon_would_not_be_read_is_named(kind, options, tmp_path):
     squares = np.indices(SIZE).sum(0) % 2 == 0
@@ -170,6 +169,7 @@ def test_a_mask_whose_polygon_would_not_be_read_is_named(kind, options, tmp_path
         write_videos(kind, [video], tmp_path, **options)
 
 
+@pytest.mark.parametrize("kind", ["labelstudio", "davis", "yolo"])
 def test_formats_of_one_form_refuse_polygons(kind, tmp_path):
     with pytest.raises(InputError, match=f"polygons.*{kind}"):
         write_videos(kind, odd_videos(tmp_path / "frames"), tmp_path, polygons=True)
