@@ -30,11 +30,8 @@ EXPRESSION_TEXT = r"(?:\w|\[\w+\]|\\\.|\.\*|\\d\+)*"
 
 # What SAM2-MoE and PEFT call some of the settings.
 OLD_EXPERT_SETTINGS = {
-    "top_k": "num_experts_per_tok",
-    "rank": "lora_rank",
-    "lora_r": "lora_rank",
-    "alpha": "lora_alpha",
-}
+    "top_k": "num_experts_per_tok", "rank": "lora_rank", "lora_r": "lora_rank", "alpha": "lora_alpha"
+}  # fmt: skip
 # A domain's name is part of its tensors' names, and a word on the command line.
 DOMAIN_NAME = re.compile(r"[A-Za-z0-9][\w-]{0,63}", re.ASCII)
 # Words that stand for something else where a domain is named.

@@ -23,7 +23,7 @@ from samoe_hf.data.registry import dataset_entries, parse_yaml, read_yaml, video
 from samoe_hf.data.schema import Video
 from samoe_hf.data.transforms import transforms_from_options
 from samoe_hf.errors import InputError, did_you_mean
-from samoe_hf.model.configuration_samoe import EXPERT_SETTINGS, SHARED_SETTINGS, SamoeConfig
+from samoe_hf.model.configuration_samoe import EXPERT_SETTINGS, OLD_EXPERT_SETTINGS, SHARED_SETTINGS, SamoeConfig
 from samoe_hf.model.losses import SegmentationLoss
 from samoe_hf.model.modeling_samoe import SamoeModel
 from samoe_hf.model.processing_samoe import VideoProcessor
@@ -38,6 +38,13 @@ MANY_VIDEOS, SPARED_FRACTION, MOST_SPARED = 8, 0.2, 8
 
 # Where the model comes from: one of them.
 MODEL_KEYS = {"model_name_or_path", "model_config"}
+# What SAM2-MoE's and Meta's trainers call keys, where another key is nearer by its letters.
+THEIR_KEYS = OLD_EXPERT_SETTINGS | {
+    "lr": "learning_rate", "epochs": "num_train_epochs", "num_workers": "dataloader_num_workers", "use_amp": "bf16",
+    "batch_size": "per_device_train_batch_size", "train_batch_size": "per_device_train_batch_size",
+    "load_balance_weight": "router_aux_loss_coef", "checkpoint": "model_name_or_path", "moe_checkpoint": "experts",
+    "num_train_workers": "dataloader_num_workers", "num_correction_pt_per_frame": "num_correction_clicks",
+}  # fmt: skip
 
 
 def check_at_least(arguments: Any, **limits: float) -> None:
@@ -352,9 +359,10 @@ def parse_run(
     options = {option for action in parser._actions for option in action.option_strings}
     given = [text.partition("=")[0] for text in overrides if text.startswith("--")]
     for key in run.keys() - known:
-        raise InputError(f"{config} has an unknown key {key!r}{did_you_mean(key, known)}")
+        raise InputError(f"{config} has an unknown key {key!r}{did_you_mean(THEIR_KEYS.get(key, key), known)}")
     for option in set(given) - options:
-        raise InputError(f"There is no option {option}{did_you_mean(option, options)}")
+        name = option.removeprefix("--").replace("-", "_")
+        raise InputError(f"There is no option {option}{did_you_mean(f'--{THEIR_KEYS.get(name, name)}', options)}")
     # A model that is given as an option takes the place of the run's, of either kind.
     if models := {option.removeprefix("--").replace("-", "_") for option in given} & MODEL_KEYS:
         run = {key: value for key, value in run.items() if key not in MODEL_KEYS - models}

@@ -36,6 +36,7 @@ def run(tmp_path):
         ("use_cpu: true\nfp16: true", "`fp16` is not for training on a CPU; give `bf16: true` and `use_cpu: true`"),
         ("seed: 4294967296", r"`seed` must be below 2**32, got 4294967296"),
         ("fp16_full_eval: true", "`fp16_full_eval` must be False, got True"),
+        ("batch_size: 4", "has an unknown key 'batch_size'; did you mean 'per_device_train_batch_size'?"),
         ("learning_rat: 1", "has an unknown key 'learning_rat'; did you mean 'learning_rate'?"),
     ],
 )
@@ -49,6 +50,7 @@ def test_bad_values_are_refused_by_name(run, line, message):
     "options, message",
     [
         (["--learning_rate", "nan"], "`learning_rate` must be at least 0, got nan"),
+        (["--top-k=2"], "There is no option --top-k; did you mean '--num_experts_per_tok'?"),
         (["--learning_rat", "1"], "There is no option --learning_rat; did you mean '--learning_rate'?"),
         (["--lora_rank", "x"], "error: argument --lora_rank/--lora-rank: expected an integer of at least 1, got 'x'"),
         (["--lr_scheduler_kwargs", "{min_lr: 1}"], "`lr_scheduler_kwargs` must be JSON, such as"),
