@@ -56,16 +56,15 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     space.add_argument("--push", metavar="OWNER/NAME", help="upload the Space, with the token of `hf auth login`")
     options.add_tracking_options(parser)
     parsed = parser.parse_args(arguments)
-    for name in ("upload_limit", "frame_limit", "people_limit"):
-        if getattr(parsed, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(parsed, name)}")
     if parsed.space is None and (parsed.wheel or parsed.push):
         parser.error("--wheel and --push go with --space")
-    if parsed.space is not None:
-        of_space, plain = {"model", "space", "wheel", "push", "traceback"}, vars(parser.parse_args([]))
-        for name, value in vars(parsed).items():
-            if name not in of_space and value != plain[name]:
-                parser.error(f"--{name.replace('_', '-')} does not go with --space, whose page takes none of it along")
+    of_space, plain = {"model", "space", "wheel", "push", "traceback"}, vars(parser.parse_args([]))
+    for name, value in vars(parsed).items():
+        option = f"--{name.replace('_', '-')}"
+        if name.endswith("_limit") and value < 1:
+            parser.error(f"{option} must be at least 1, got {value}")
+        if parsed.space is not None and name not in of_space and value != plain[name]:
+            parser.error(f"{option} does not go with --space, whose page takes none of it along")
     return parsed
 
 
@@ -127,7 +126,7 @@ def default_model(on_cpu: bool) -> str | None:
         speed = f" On this machine's CPU a frame will take some {seconds} seconds." if on_cpu else ""
         print(
             f"{TINY} tracks what you click on in any video. It is a download of {size / 1e6:.0f} MB.{speed}\n"
-            "The small model of this package needs none, and knows drawn shapes alone.",
+            "The small model of this package needs none, and knows drawn videos and little more.",
             file=sys.stderr,
         )
         if input("Download it? [y/N] ").strip().lower() not in ("y", "yes"):

@@ -61,7 +61,7 @@ def test_on_a_terminal_one_is_asked_whether_to_download_it(hub, answer, runs):
     assert default_model(on_cpu=True) == runs and len(hub.asked) == 1
     assert bool(hub.downloaded) is (runs is not None)
     said = hub.said.getvalue()
-    assert "156 MB" in said and "seconds" in said and "drawn shapes alone" in said
+    assert "156 MB" in said and "seconds" in said and "drawn videos" in said
 
 
 @pytest.mark.parametrize("where", ["no terminal", "offline", "no network"])
