@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers.reference import ROOT, reference_folder
+from helpers.reference import CHECKPOINT, CONFIG, EXPERTS, ROOT
 from helpers.wheel import build_wheel
 from samoe_hf import small_base
 from samoe_hf.data import SyntheticVideos, write_video
@@ -68,9 +68,7 @@ def test_the_installed_commands_work(wheel, tmp_path):
     assert "track objects through a video" in run("samoe", "--help")
     printed = run("samoe", "train", "smoke", "--max_steps", "1")
     assert printed.endswith("Written: the model and its processor in outputs/smoke\n")
-    nano = reference_folder("nano")
-    run("samoe", "convert", nano / "sam2.1_hiera_nano.pt", "--experts", nano / "samoe_nano_adapters.pt",
-        "--config", nano / "sam2.1_hiera_nano_moe.yaml", "--output", "model")  # fmt: skip
+    run("samoe", "convert", CHECKPOINT, "--experts", EXPERTS, "--config", CONFIG, "--output", "model")
     write_video(tmp_path / "in.mp4", SyntheticVideos(1, 3, (96, 128), seed=3)[0].frames, fps=5)
     run("samoe", "track", "model", "in.mp4", "--box", "10,10,60,60", "--output", "out.mp4")
     assert (tmp_path / "out.mp4").is_file() and len(list((tmp_path / "out_masks").iterdir())) == 3

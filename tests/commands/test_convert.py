@@ -6,13 +6,8 @@ from functools import partial
 import pytest
 from transformers import AutoProcessor, Sam2VideoProcessor
 
-from helpers.reference import reference_folder
+from helpers.reference import CHECKPOINT, CONFIG, EXPERTS
 from samoe_hf import SamoeModel
-
-NANO = reference_folder("nano")
-CHECKPOINT = NANO / "sam2.1_hiera_nano.pt"
-EXPERTS = NANO / "samoe_nano_adapters.pt"
-CONFIG = NANO / "sam2.1_hiera_nano_moe.yaml"
 
 
 @pytest.fixture

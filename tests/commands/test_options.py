@@ -8,13 +8,11 @@ from dataclasses import replace
 import pytest
 
 from helpers.own_videos import save_videos
-from helpers.reference import ROOT
+from helpers.reference import CHECKPOINT, CONFIG, EXPERTS
 from samoe_hf.cli import main
 from samoe_hf.commands import options
 from samoe_hf.data import SyntheticVideos, write_video
 from samoe_hf.errors import InputError
-
-NANO = ROOT / "tests" / "fixtures" / "nano"
 
 
 def chosen_videos(*given):
@@ -115,8 +113,7 @@ def test_original_checkpoints_are_read_with_their_experts(command, tmp_path, mon
     write_video(tmp_path / "in.mp4", SyntheticVideos(1, 2, (96, 128), seed=3)[0].frames, fps=5)
     data = ["--dataset", "synthetic", "--option", "num_videos=1", "--option", "num_frames=3"]
     rest = {"track": ["in.mp4", "--box", "10,10,60,60", "--output", "out.mp4"], "convert": ["--output", "out"]}
-    original = [str(NANO / "sam2.1_hiera_nano.pt"), "--config", str(NANO / "sam2.1_hiera_nano_moe.yaml")]
-    original += ["--experts", str(NANO / "samoe_nano_adapters.pt")]
+    original = [str(CHECKPOINT), "--config", str(CONFIG), "--experts", str(EXPERTS)]
     main([command, *original, *rest.get(command, [*data, "--output", "out"])])
     printed = capsys.readouterr()
     assert re.search(r"Written: .*out.*\n$", printed.out) and "are new" not in printed.err
@@ -128,7 +125,7 @@ def test_what_goes_with_an_original_checkpoint_is_told(tmp_path, monkeypatch, mo
     write_video(tmp_path / "in.mp4", SyntheticVideos(1, 2, (96, 128), seed=3)[0].frames, fps=5)
     monkeypatch.chdir(tmp_path)
     for model, message in (
-        ([NANO / "sam2.1_hiera_nano.pt"], r"give the model's YAML as `original_config` \(`--config` of a command\)"),
+        ([CHECKPOINT], r"give the model's YAML as `original_config` \(`--config` of a command\)"),
         ([model_folder, "--config", "x.yaml"], r"`--experts` and `--config` of a command\) go with an original"),
     ):
         with pytest.raises(SystemExit, match=message):

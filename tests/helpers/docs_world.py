@@ -16,7 +16,7 @@ from transformers import Sam2VideoConfig, Sam2VideoModel
 import samoe_hf
 from helpers import layouts
 from helpers.own_videos import save, save_ids
-from helpers.reference import ROOT, reference_folder
+from helpers.reference import CHECKPOINT, CONFIG, EXPERTS, ROOT
 from samoe_hf import SamoeModel, load_videos
 from samoe_hf.cli import main
 from samoe_hf.data import SyntheticVideos, Video, read_video, write_video
@@ -66,10 +66,9 @@ def _make_models(folder: Path, model: SamoeModel) -> None:
     model.wake_experts()
     for number, name in enumerate(("LORA_A", "LORA_B", "someones-lora")):
         export_expert(model, number, folder / name)
-    nano = reference_folder("nano")
-    shutil.copy(nano / "sam2.1_hiera_nano.pt", folder / "sam2.1_hiera_base_plus.pt")
-    shutil.copy(nano / "samoe_nano_adapters.pt", folder / "checkpoint_best.pt")
-    shutil.copy(nano / "sam2.1_hiera_nano_moe.yaml", folder / "sam2.1_hiera_b+_moe.yaml")
+    shutil.copy(CHECKPOINT, folder / "sam2.1_hiera_base_plus.pt")
+    shutil.copy(EXPERTS, folder / "checkpoint_best.pt")
+    shutil.copy(CONFIG, folder / "sam2.1_hiera_b+_moe.yaml")
 
 
 def _make_data(folder: Path) -> None:

@@ -18,6 +18,10 @@ from samoe_hf.model.processing_samoe import build_processor
 
 ROOT = Path(__file__).parents[2]
 FIXTURES = ROOT / "tests" / "fixtures"
+NANO = FIXTURES / "nano"
+CHECKPOINT = NANO / "sam2.1_hiera_nano.pt"
+EXPERTS = NANO / "samoe_nano_adapters.pt"
+CONFIG = NANO / "sam2.1_hiera_nano_moe.yaml"
 SHARED = ROOT.parent / "shared"
 HEIGHT, WIDTH = 480, 854
 
@@ -25,7 +29,7 @@ HEIGHT, WIDTH = 480, 854
 def reference_folder(name: str) -> Path:
     """The folder of a reference model; `nano` comes with the tests, others lie beside the repository."""
     if name == "nano":
-        return FIXTURES / "nano"
+        return NANO
     folder = SHARED / "reference" / name
     if not folder.is_dir():
         pytest.skip(f"needs ../shared/reference/{name}, which is not part of the repository")

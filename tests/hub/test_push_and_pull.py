@@ -17,7 +17,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module, get
 from helpers.edgetam import edgetam_model, needs_timm
 from helpers.hub_client import Client, ClientError
 from helpers.hub_server import TOKEN, HubServer, Repository, use_hub
-from helpers.reference import ROOT, assert_same_tensors, reference_folder
+from helpers.reference import CHECKPOINT, CONFIG, ROOT, assert_same_tensors
 from helpers.sam3 import save_combined
 from programs.hub_pull import compare, pull
 from samoe_hf import SamoeModel
@@ -319,11 +319,9 @@ def test_saving_can_push(server, base, tmp_path):
 
 
 def test_a_conversion_is_uploaded_and_can_be_uploaded_again(server, tmp_path):
-    nano = reference_folder("nano")
-    files = [str(nano / name) for name in ("sam2.1_hiera_nano.pt", "sam2.1_hiera_nano_moe.yaml")]
     for name in ("first", "second"):
-        options = ["--config", files[1], "--output", str(tmp_path / "out"), "--push-to-hub", name]
-        main(["convert", files[0], *options])
+        options = ["--config", str(CONFIG), "--output", str(tmp_path / "out"), "--push-to-hub", name]
+        main(["convert", str(CHECKPOINT), *options])
         pushed = server.repositories[f"tester/{name}"].files
         assert {"README.md", "config.json", "model.safetensors", "processor_config.json"} <= pushed.keys()
 

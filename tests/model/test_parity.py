@@ -11,11 +11,11 @@ from torch.nn import functional as F
 from torchvision.ops import sigmoid_focal_loss
 
 from helpers.reference import (
+    FIXTURES,
     HEIGHT,
     WIDTH,
     add_reference_prompts,
     load_reference,
-    reference_folder,
     run_memory_attention,
     track_reference,
 )
@@ -157,7 +157,7 @@ def test_gradients_equal_the_original(reference):
 
 
 def test_loss_on_random_predictions_equals_the_original():
-    expected = load_file(reference_folder("nano").parent / "losses.safetensors")
+    expected = load_file(FIXTURES / "losses.safetensors")
     loss = SegmentationLoss()
     frames = [
         loss(

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, Sam2VideoConfig, Sam2VideoModel, Sam2VideoProcessor
 
-from helpers.reference import reference_folder
+from helpers.reference import CHECKPOINT, CONFIG, EXPERTS, reference_folder
 from samoe_hf import SamoeConfig, SamoeModel
 from samoe_hf.model.configuration_samoe import MEMORY_ATTENTION_PROJECTIONS
 from samoe_hf.model.processing_samoe import build_processor
@@ -21,10 +21,6 @@ from samoe_hf.original.checkpoint import load_original, save_original
 from samoe_hf.original.config import build_config, read_settings
 from samoe_hf.original.names import state_dict_from_original, state_dict_to_original
 
-NANO = reference_folder("nano")
-CHECKPOINT = NANO / "sam2.1_hiera_nano.pt"
-EXPERTS = NANO / "samoe_nano_adapters.pt"
-CONFIG = NANO / "sam2.1_hiera_nano_moe.yaml"
 Q_PROJ = "memory_attention.layers.0.self_attn.q_proj"
 
 

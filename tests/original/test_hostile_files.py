@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from helpers.hostile import hostile_checkpoints, hostile_yaml
-from helpers.reference import reference_folder
+from helpers.reference import CHECKPOINT, CONFIG
 from samoe_hf.original.checkpoint import load_original
 
 MAX_SECONDS, MAX_BYTES = 5, 1 << 30
@@ -29,12 +29,11 @@ def read_hostile_files(folder: Path, log: Path, step: int) -> None:
     Each is written to `folder` and removed again. To `log` goes a line of JSON before and after each.
     """
     logging.disable(logging.CRITICAL)
-    nano = reference_folder("nano")
-    checkpoint, config, canary = nano / "sam2.1_hiera_nano.pt", nano / "sam2.1_hiera_nano_moe.yaml", folder / "canary"
-    load_original(checkpoint, None, config)
+    canary = folder / "canary"
+    load_original(CHECKPOINT, None, CONFIG)
     signal.signal(signal.SIGALRM, stop)
     limit, (_, hard) = psutil.Process().memory_info().vms + MAX_BYTES, resource.getrlimit(resource.RLIMIT_AS)
-    kinds = {"yaml": hostile_yaml(config, canary), "pt": hostile_checkpoints(checkpoint, canary)}
+    kinds = {"yaml": hostile_yaml(CONFIG, canary), "pt": hostile_checkpoints(CHECKPOINT, canary)}
     with open(log, "w", buffering=1) as file:
         for kind, files in kinds.items():
             for number, (name, content) in enumerate(itertools.islice(files, 0, None, step)):
@@ -44,7 +43,7 @@ def read_hostile_files(folder: Path, log: Path, step: int) -> None:
                 file.write(json.dumps({"case": f"{name}.{kind}"}) + "\n")
                 resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
                 signal.alarm(30)
-                outcome = try_to_load(*((path, None, config) if kind == "pt" else (checkpoint, None, path)), path)
+                outcome = try_to_load(*((path, None, CONFIG) if kind == "pt" else (CHECKPOINT, None, path)), path)
                 signal.alarm(0)
                 resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
                 path.unlink()
