@@ -54,6 +54,9 @@ class _Volume(ArrayFrames):
         self._opened: Any = None
         self.names, self.size = self.opened().frames.names, self.opened().size
 
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_opened": None}  # where it arrives, it is read when it is needed
+
     def opened(self) -> Any:
         """The video in RAM; `SampleError` where its files have changed."""
         with _lock:  # frames may be read ahead in a thread
