@@ -88,9 +88,9 @@ def until_stopped(page: AbstractContextManager[App]) -> None:
     """Keeps a page, see [`serving`], until the process is interrupted or told to end, or its terminal is closed; says
     where it is served."""
     done, closed = threading.Event(), getattr(signal, "SIGHUP", signal.SIGTERM)  # Windows has none
-    is_kept = signal.getsignal(closed) == signal.SIG_IGN  # by `nohup`
-    for name in {signal.SIGINT, signal.SIGTERM, closed} - ({closed} if is_kept else set()):
-        signal.signal(name, lambda *_: done.set())
+    for name in (signal.SIGINT, signal.SIGTERM, closed):
+        if name != closed or signal.getsignal(closed) != signal.SIG_IGN:  # by `nohup`
+            signal.signal(name, lambda *_: done.set())
     with page as app:
         print(f"The page is served at {app.url} until Ctrl+C", file=sys.stderr, flush=True)
         while not done.wait(1):  # without a limit, Windows would not see Ctrl+C

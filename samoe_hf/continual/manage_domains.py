@@ -160,11 +160,7 @@ def find_on_hub(model: SamoeModel, source: str) -> tuple[str, dict[str, list[str
 
 
 def save_as_it_came(
-    model: SamoeModel,
-    processor: VideoProcessor,
-    source: str,
-    output: str | os.PathLike,
-    examples: Mapping[str, str] | None = None,
+    model: SamoeModel, processor: VideoProcessor, source: str, output: str | os.PathLike, examples: Mapping[str, str]
 ) -> None:
     """Saves a model that was loaded from `source`: whole, or only what was trained, which names a base of the Hub.
 
@@ -178,7 +174,7 @@ def save_as_it_came(
     in_place = os.path.isdir(source) and os.path.abspath(output) == os.path.abspath(source)
     with input_errors(), nullcontext(output) if in_place else new_folder(output) as folder:
         # Before the model, which would stay without them where this is stopped.
-        for name, path in (examples or {}).items():
+        for name, path in examples.items():
             target = Path(folder, EXAMPLES, name).with_suffix(Path(path).suffix)
             if not (target.exists() and target.samefile(path)):
                 with whole_file(target) as copy:
