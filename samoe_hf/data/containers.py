@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import os
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from weakref import finalize
 
 import numpy as np
 from av.error import FFmpegError
+from av.video.frame import VideoFrame
 
 from .container_index import MAX_FRAMES, NO_TIME, checksum, index_by_decoding, index_container, keep_index
 from .decoder import Decoder
@@ -20,6 +22,7 @@ from .frames import FrameSequence, SampleError, named_errors, say_once
 from .image_files import file_version
 
 RATE_TOLERANCE = 0.02  # of time stamps that are rounded
+BEHIND_BYTES = 2**27  # of frames before the one that is read, where reading goes backward
 MAX_IDLE = 4  # decoders that are kept open while nobody reads from them
 _max_idle = MAX_IDLE
 # Reader -> its decoder while it is idle, the one that was used last at the end. In use, it is its thread's alone.
@@ -54,9 +57,10 @@ def keep_decoders(count: int) -> None:
 class ContainerFrames(FrameSequence):
     """Frames of a video file through PyAV: frame `n` is the n-th that decoding gives, whichever is read first.
 
-    In ascending order each frame is decoded once. Other access seeks to a key frame, and makes sure that this led to
-    the same frame; where it did not, decoding starts at an earlier one, at last at the first. A copy has a decoder of
-    its own, and so has what was pickled. More frames than `max_frames` are refused, before they cost memory.
+    In ascending order each frame is decoded once, and in descending order some that come next are kept. Other access
+    seeks to a key frame, and makes sure that this led to the same frame; where it did not, decoding starts at an
+    earlier one, at last at the first. A copy has a decoder of its own, and so has what was pickled. More frames than
+    `max_frames` are refused, before they cost memory.
     """
 
     def __init__(self, path: str | Path, max_frames: int = MAX_FRAMES):
@@ -99,7 +103,8 @@ class ContainerFrames(FrameSequence):
         keys = self._index.keys
         nearest = int(np.searchsorted(keys, index, side="right")) - 1
         place = index + 1 if decoder is None or decoder.next is None else decoder.next
-        if place <= index and (nearest < 0 or keys[nearest] <= place):
+        is_kept = decoder is not None and index in decoder.behind
+        if is_kept or (place <= index and (nearest < 0 or keys[nearest] <= place)):
             yield None
         step = 1
         while nearest >= 0 and keys[nearest] > 0:
@@ -109,6 +114,9 @@ class ContainerFrames(FrameSequence):
 
     def _read(self, index: int) -> np.ndarray:
         decoder, pixels, failure = _idle.pop(self._number, None), None, None
+        goes_back = decoder is not None and index == decoder.last - 1
+        if decoder is not None and not goes_back:
+            decoder.behind.clear()
         try:
             for start in self._starts(decoder, index):
                 try:
@@ -119,10 +127,11 @@ class ContainerFrames(FrameSequence):
                         decoder = self._open()
                     if start:
                         decoder.seek(int(self._index.times[start]))
-                    pixels = self._decode_until(decoder, index)
+                    pixels = self._decode_until(decoder, index, goes_back)
                 except (FFmpegError, MemoryError) as error:
                     failure = error
                 if decoder is not None and pixels is not None:
+                    decoder.last = index
                     _close_idle(self._number)  # of another thread
                     _idle[self._number] = decoder
                     decoder = None
@@ -134,9 +143,11 @@ class ContainerFrames(FrameSequence):
             raise SampleError(f"{self.path}: frame {index} cannot be decoded ({failure})") from failure
         return self._read_as_decoded(index)
 
-    def _decode_until(self, decoder: Decoder, index: int) -> np.ndarray | None:
+    def _decode_until(self, decoder: Decoder, index: int, goes_back: bool) -> np.ndarray | None:
         """Decodes on until a frame, and returns its pixels; None where decoding does not give what the index says."""
-        times, checksums, was_sought = self._index.times, self._index.checksums, decoder.is_sought
+        if index in decoder.behind:
+            return self._pixels(decoder, index, decoder.behind.pop(index))
+        times, was_sought, room = self._index.times, decoder.is_sought, BEHIND_BYTES // (2 * math.prod(self.size))
         for frame in decoder.frames:
             time = NO_TIME if frame.pts is None else frame.pts
             if decoder.next is None:
@@ -150,14 +161,22 @@ class ContainerFrames(FrameSequence):
             if number > index or times[number] != time or (was_sought and frame.is_corrupt):
                 return None
             if number == index:
-                if len(checksums) and checksums[index] != checksum(frame):
-                    return None
-                with named_errors(self.path, f"frame {index} cannot be shown"):
-                    pixels = decoder.pixels(frame)
-                if pixels.shape[:2] != self.size:
-                    raise SampleError(f"{self.path}: frame {index} of size {pixels.shape[:2]}, not {self.size}")
-                return pixels
+                return self._pixels(decoder, index, frame)
+            if goes_back:
+                decoder.behind[number] = frame
+                if len(decoder.behind) > room:
+                    del decoder.behind[next(iter(decoder.behind))]
         return None
+
+    def _pixels(self, decoder: Decoder, index: int, frame: VideoFrame) -> np.ndarray | None:
+        """The pixels of a frame; None where they are not those that the index tells."""
+        if len(self._index.checksums) and self._index.checksums[index] != checksum(frame):
+            return None
+        with named_errors(self.path, f"frame {index} cannot be shown"):
+            pixels = decoder.pixels(frame)
+        if pixels.shape[:2] != self.size:
+            raise SampleError(f"{self.path}: frame {index} of size {pixels.shape[:2]}, not {self.size}")
+        return pixels
 
     def _read_as_decoded(self, index: int) -> np.ndarray:
         """A frame of a file whose packets did not tell what decoding gives."""

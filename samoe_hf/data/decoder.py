@@ -67,18 +67,22 @@ class Decoder:
         self.next: int | None = 0  # number of the frame that comes next; None after seeking
         self.start: int | None = None  # time of the packet that it began at; None where that is no key frame's
         self.is_sought = False  # it began elsewhere than at the file's first frame
+        self.last = 0  # number of the frame that was read last
+        self.behind: dict[int, VideoFrame] = {}  # those before it that were decoded on the way
         self.frames = self._decode()
         self._reformatter = VideoReformatter()
 
     def close(self) -> None:
         """Closes the file and frees the decoder; PyAV's objects hold each other, so nothing else does."""
         self.frames.close()
+        self.behind.clear()
         self.container.close()
         del self.container, self.stream
 
     def seek(self, time: int) -> None:
         """Goes on at the key frame that the container finds for a time, in the stream's units."""
         self.frames.close()
+        self.behind.clear()
         self.container.seek(time, stream=self.stream)
         self.next, self.is_sought = None, True
         self.frames = self._decode()

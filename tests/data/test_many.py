@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from samoe_hf.data import load_videos
+from samoe_hf.data import load_videos, read_video, write_video
 from samoe_hf.data.images import encode_png
 from samoe_hf.inference import check_prompts
 from samoe_hf.labelling import read_prompts
@@ -53,3 +53,14 @@ def test_many_prompts_are_read_and_checked(tmp_path):
         prompts = [prompt.read(tmp_path) for prompt in read_prompts(tmp_path / "prompts.json")["v"]]
         check_prompts(prompts, 3000, (10, 10))
     assert len(prompts) == 15_000
+
+
+def test_a_video_file_is_read_backward_about_as_fast_as_forward(tmp_path):
+    image = np.random.default_rng(0).integers(0, 255, (96, 96, 3), np.uint8)
+    write_video(tmp_path / "v.mp4", (np.roll(image, t, 1) for t in range(240)))  # of one key frame
+    frames = read_video(tmp_path / "v.mp4")
+    expected, start = list(frames), time.process_time()
+    forward = [frames[t] for t in range(240)]
+    with within(1 + 5 * (time.process_time() - start)):
+        backward = [frames[t] for t in range(239, -1, -1)]
+    assert np.array_equal(forward, expected) and np.array_equal(backward[::-1], expected)
