@@ -168,12 +168,14 @@ class SamoeTrainer(Trainer):
         if args.compile_parts:
             model.compile_for_tracking()
         self.writer = OneWriter(args.folder, "`output_dir`")
-        with input_errors(f"`output_dir` {args.folder} cannot be written"):
-            if args.should_save:  # as Trainer does, without a word of what it is for
-                args.folder.mkdir(parents=True, exist_ok=True)
         # Trainer is not given the processor, since it aligns special tokens of each processor's tokenizer.
-        with setting_errors():
-            super().__init__(wrapped, args, ClipCollator(keep_domain=True), train_dataset, **kwargs)
+        try:
+            with setting_errors():
+                super().__init__(wrapped, args, ClipCollator(keep_domain=True), train_dataset, **kwargs)
+        except OSError as error:
+            if error.filename is None:  # of the Hub
+                raise
+            raise InputError(f"`output_dir` {args.folder} cannot be written: {error}") from error
         if self.is_fsdp_enabled:
             model.wake_experts()  # whole, before they are sharded
         self.training_logs = TrainingLogs()

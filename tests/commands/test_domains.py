@@ -209,6 +209,7 @@ def test_a_folder_that_cannot_be_made_is_named_in_a_line(samoe, folder, tmp_path
         make(path, *args, **options)
 
     monkeypatch.setattr(Path, "mkdir", refuse)
+    monkeypatch.setattr("os.makedirs", lambda path, **options: refuse(Path(path), parents=True, **options))
     adapt = ["adapt", folder, "--domain", "x", "--dataset", "smoke", "--trainable", "experts"]
     for words in (["domains", "show", folder], ["experts", folder, *DATA], ["data", "check", *DATA[1:]], adapt):
         assert f"`--output` {tmp_path / 'refused'} cannot be written: " in samoe(
