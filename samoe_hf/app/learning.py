@@ -17,6 +17,7 @@ from PIL import Image
 from transformers.trainer import TRAINER_STATE_NAME
 
 from samoe_hf.continual.adapt import RESULTS_FILE, SMALL_MODEL_EXPERTS
+from samoe_hf.data.configs import shipped_configs
 from samoe_hf.data.images import write_palette_png
 from samoe_hf.data.registry import read_yaml
 from samoe_hf.errors import InputError
@@ -139,7 +140,7 @@ class Learning:
         """The run that the other process trains, as its YAML says."""
         every = max(1, self.steps // POINTS)
         settings = {
-            **read_yaml("adapt"),
+            **read_yaml(shipped_configs()["adapt"]),
             "train_data": [str(self.data)],
             "eval_data": [str(self.data)],
             "max_steps": self.steps,

@@ -76,7 +76,7 @@ def run(parsed: argparse.Namespace) -> None:
         check_outside(parsed.output, data)
     if data.startswith("{"):
         parse_yaml(data, f"`--dataset` {data}")
-    of_dataset = [data] if is_run else ["adapt", "--train_data", data]
+    of_dataset = [data] if is_run else [str(shipped_configs()["adapt"]), "--train_data", data]
     former = [] if parsed.former is None else ["--former", parsed.former]
     budget = None
     if parsed.lora_rank == AUTO:

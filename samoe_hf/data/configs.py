@@ -25,7 +25,7 @@ def find_config(name: str | Path) -> Path:
     shipped = shipped_configs()
     wanted = Path(name).stem if Path(name).suffix in (".yaml", ".yml") else Path(name).name
     if wanted in shipped and Path(name).name == str(name):
-        return shipped[wanted]
+        return own if (own := Path(f"{wanted}.yaml")).is_file() else shipped[wanted]
     raise FileNotFoundError(f"{name} is no file, and no configuration of the package{did_you_mean(wanted, shipped)}")
 
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from samoe_hf.data.configs import shipped_configs
 from samoe_hf.data.registry import read_yaml
 from samoe_hf.model.base import EDGETAM, check_base
 from samoe_hf.model.base_model import build_on_meta
@@ -40,7 +41,7 @@ def is_edgetam(names: Mapping[str, Tensor]) -> bool:
 
 def edgetam_config(has_pointer_times: bool = False, has_occlusion: bool = False) -> SamoeConfig:
     """The published architecture."""
-    config = SamoeConfig(**read_yaml("model_edgetam"))
+    config = SamoeConfig(**read_yaml(shipped_configs()["model_edgetam"]))
     config.enable_temporal_pos_encoding_for_object_pointers = has_pointer_times
     config.enable_occlusion_spatial_embedding = has_occlusion
     return config

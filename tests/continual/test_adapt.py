@@ -221,7 +221,9 @@ def learn_nothing(base, tmp_path, capsys):
     return run
 
 
-def test_of_a_folder_a_fifth_is_kept_aside_and_tracked_by_base_and_domain(learn_nothing, tmp_path):
+def test_of_a_folder_a_fifth_is_kept_aside_and_tracked_by_base_and_domain(learn_nothing, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "adapt.yaml").write_text("no_key: of a run that is not asked for")
     results, printed = learn_nothing(4)
     (kept,) = results["kept_aside"]
     assert kept["video"] == "v3" and kept["own"] == kept["base"] == results["before"]["eval_J&F"]

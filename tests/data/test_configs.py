@@ -32,9 +32,9 @@ def test_they_are_found_in_a_clone_by_git_on_windows(tmp_path, monkeypatch):
     assert shipped_configs().keys() == {"mine"} and find_config("mine").is_file()
 
 
-@pytest.mark.parametrize("name", ["smoke", "smoke.yaml"])
-def test_a_file_comes_first(name, tmp_path):
-    (tmp_path / name).write_text("seed: 7\n")
+@pytest.mark.parametrize("file, name", [("smoke", "smoke"), ("smoke.yaml", "smoke.yaml"), ("smoke.yaml", "smoke")])
+def test_a_file_comes_first(file, name, tmp_path):
+    (tmp_path / file).write_text("seed: 7\n")
     assert read_yaml(name) == {"seed": 7}
 
 
