@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import tempfile
+import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -36,12 +37,21 @@ UNSAVED, _SAVED, _FILES, _LOCK = "_unsaved_", "_saved", "_files.json", "_lock"
 
 
 def sync(path: str | os.PathLike, below: bool = False) -> None:
-    """Waits until a file, or a folder's list of names, is on the disk; with `below` also all that is in the folder."""
+    """Waits until a file, or a folder's list of names, is on the disk; with `below` also all that is in the folder.
+
+    Weights get the permissions of other new files: safetensors writes them for their owner alone from 0.8 on.
+    """
     for folder, folders, files in os.walk(path) if below else ():
         for name in [*folders, *files]:
             sync(os.path.join(folder, name))
     if os.name == "nt":
         return  # Windows opens no folder, and syncs only what was opened for writing
+    if Path(path).suffix == ".safetensors":
+        new = Path(path).with_name(f".new.{uuid.uuid4().hex}")
+        with suppress(OSError):  # some file systems know no permissions
+            new.touch()
+            shutil.copymode(new, path)
+        new.unlink(missing_ok=True)
     number = os.open(path, os.O_RDONLY)
     try:
         os.fsync(number)

@@ -135,9 +135,8 @@ class SamoeTrainer(Trainer):
         if not hasattr(self.processor, "video_processor"):
             kind = type(processing_class).__name__
             raise InputError(f"`processing_class` must be a processor, as AutoProcessor loads it, not {kind}.")
-        self.domain = domain
-        # Whose experts evaluation runs; "auto" where the gate knows the domain.
-        self.eval_domain = domain
+        # Whose experts are trained, and whose evaluation runs: "auto" where the gate knows the domain.
+        self.domain = self.eval_domain = domain
         # Training videos that are evaluated in place of being trained on, and others that were spared to choose by.
         self.kept_aside: list[Video] = []
         self.spared: list[Video] = []

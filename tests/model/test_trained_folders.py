@@ -22,6 +22,8 @@ from samoe_hf.errors import InputError
 from samoe_hf.model import loading, weights_trained
 from samoe_hf.model.expert_layer import is_expert_parameter
 from samoe_hf.model.weights_io import unchanged_model, updated_folder
+from samoe_hf.surgery.domains import rename_domain
+from samoe_hf.whole_files import whole_file
 
 
 def contents(folder):
@@ -176,6 +178,23 @@ def test_a_base_of_another_size_gives_no_place_to_new_experts(model_folder, tmp_
     with pytest.raises(ValueError, match="does not fit the model") as error:
         SamoeModel.from_pretrained(folder, ignore_mismatched_sizes=True)
     assert "new experts" not in str(error.value)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows knows no such permissions")
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
+def test_who_may_read_new_files_may_read_weights(model_folder, tmp_path, umask, mode):
+    model = SamoeModel.from_pretrained(model_folder)
+    rename_domain(model, None, "driving")
+    before = os.umask(umask)
+    try:
+        model.save_pretrained(tmp_path / "model", experts_only=True)
+        with whole_file(tmp_path / "copy.safetensors") as path:
+            save_file({}, path)
+    finally:
+        os.umask(before)
+    files = [file for file in tmp_path.rglob("*") if file.is_file()]
+    assert {file.name for file in files} >= {"config.json", "model.safetensors", "driving.safetensors"}
+    assert {file.stat().st_mode & 0o777 for file in files} == {mode}
 
 
 def test_older_weights_do_not_stay_beside_new_ones(model_folder, tmp_path):
