@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import shutil
 import zipfile
 from pathlib import Path
@@ -30,15 +31,28 @@ def list_checkpoints(output_dir: str | Path) -> list[Path]:
 
 
 def _checkpoint_folders(output_dir: str | Path) -> list[Path]:
-    folders = [path for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir()]
-    numbered = [path for path in folders if path.name.rpartition("-")[2].isdigit()]
-    return sorted(numbered, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+    # Other names, such as `checkpoint-3-good` or `checkpoint-old-3`, are of copies that a user made.
+    is_own = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-\d+")
+    folders = [path for path in Path(output_dir).glob("*") if is_own.fullmatch(path.name) and path.is_dir()]
+    return sorted(folders, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
 
 
 def remove_checkpoint(checkpoint: Path) -> None:
     """Removes a checkpoint: first the file that Trainer writes last."""
     (checkpoint / TRAINER_STATE_NAME).unlink(missing_ok=True)
     shutil.rmtree(checkpoint)
+
+
+def rotate_checkpoints(output_dir: str | Path, save_total_limit: int | None, best: str | None) -> None:
+    """Removes the oldest checkpoints above a number, but neither the newest nor the best one.
+
+    Trainer's own rotation also removes folders of users whose names begin with `checkpoint-`.
+    """
+    found = list_checkpoints(output_dir)
+    kept = {path for path in found if path == found[0] or (best and path.resolve() == Path(best).resolve())}
+    others = [path for path in found if path not in kept]
+    for checkpoint in others[max(save_total_limit - len(kept), 0) :] if save_total_limit else ():
+        remove_checkpoint(checkpoint)
 
 
 def clear_checkpoints(output_dir: str | Path) -> None:

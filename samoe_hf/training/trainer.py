@@ -65,6 +65,7 @@ from .checkpoints import (
     list_checkpoints,
     remove_checkpoint,
     resolve_checkpoint,
+    rotate_checkpoints,
 )
 from .feature_cache import FeatureCache
 from .fit import fit_arguments
@@ -284,6 +285,7 @@ class SamoeTrainer(Trainer):
         if self.is_world_process_zero() and folder.exists():
             remove_checkpoint(folder)
         self.accelerator.wait_for_everyone()
+        limit = self.args.save_total_limit
         try:
             super()._save_checkpoint(model, trial)
         except (OSError, RuntimeError) as error:
@@ -296,14 +298,19 @@ class SamoeTrainer(Trainer):
                 f"{folder} could not be written, since the disk is full: {error}. What was there is as it was: make "
                 f"room, and run the same again{before}."
             ) from error
+        finally:
+            self.args.save_total_limit = limit
         if self.is_world_process_zero():
             for path in (folder / TRAINER_STATE_NAME, folder, folder.parent):
                 sync(path)
+        if self.args.should_save:
+            rotate_checkpoints(folder.parent, limit, self.state.best_model_checkpoint)
 
     def _save_rng_state(self, output_dir: str) -> None:
-        # The last but the file that says that the checkpoint is whole, after which older ones are removed.
+        # The last but the file that says that the checkpoint is whole, after which Trainer would remove older ones.
         super()._save_rng_state(output_dir)
         sync(output_dir, below=True)
+        self.args.save_total_limit = None
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer, in which each set of parameters has its rate."""

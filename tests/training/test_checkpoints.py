@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from samoe_hf.errors import InputError
 from samoe_hf.training.arguments import SamoeTrainingArguments
-from samoe_hf.training.checkpoints import check_output_dir, resolve_checkpoint
+from samoe_hf.training.checkpoints import check_output_dir, clear_checkpoints, resolve_checkpoint, rotate_checkpoints
 from samoe_hf.training.trainer import build_trainer
 
 
@@ -56,6 +56,29 @@ def test_last_is_the_newest_whole_checkpoint(args, tmp_path, name, caplog):
     reason = "Leave it out" if name == "trainer_state.json" else f"{name} is .*Give `overwrite_output_dir: true`"
     with pytest.raises(ValueError, match=f"no whole checkpoint .*{reason}"):
         resolve_checkpoint("last", args)
+
+
+@pytest.mark.parametrize(
+    ("limit", "best", "kept"),
+    [
+        (None, None, {1, 2, 9, 10}),
+        (1, None, {10}),
+        (2, None, {9, 10}),
+        (2, 1, {1, 10}),
+        (1, 1, {1, 10}),
+        (3, 10, {2, 9, 10}),
+    ],
+)
+def test_the_oldest_checkpoints_make_room_and_copies_of_them_stay(tmp_path, limit, best, kept):
+    for step in (10, 9, 1, 2):
+        write_checkpoint(tmp_path, step)
+    for name in ("3-good", "good-3", "good"):
+        shutil.copytree(tmp_path / "checkpoint-9", tmp_path / f"checkpoint-{name}")
+    (tmp_path / "checkpoint-notes-4").mkdir()
+    clear_checkpoints(tmp_path)
+    rotate_checkpoints(tmp_path, limit, best and str(tmp_path / f"checkpoint-{best}"))
+    names = {path.name.removeprefix("checkpoint-") for path in tmp_path.iterdir()}
+    assert names == {"3-good", "good-3", "good", "notes-4", *map(str, kept)}
 
 
 def test_last_without_any_checkpoint_is_refused(args):

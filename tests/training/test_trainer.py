@@ -68,8 +68,10 @@ def test_evaluation_tracks_videos_and_reports_by_domain(run_config):
 def test_checkpoints_are_small_and_load_as_models(run_config, model_folder, tmp_path):
     saving = ["--max_steps", "3", "--save_steps", "1", "--save_total_limit", "2", "--logging_strategy", "no"]
     trainer = make_trainer(run_config, "--trainable", "experts", "decoder", *saving)
+    (tmp_path / "out" / "checkpoint-mine").mkdir(parents=True)
     trainer.train()
-    assert sorted(path.name for path in (tmp_path / "out").glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
+    names = sorted(path.name for path in (tmp_path / "out").glob("checkpoint-*"))
+    assert names == ["checkpoint-2", "checkpoint-3", "checkpoint-mine"] and trainer.args.save_total_limit == 2
     folder = tmp_path / "out" / "checkpoint-3"
     names = set(load_file(folder / "model.safetensors"))
     assert names == {name for name, p in trainer.model.named_parameters() if p.requires_grad}
