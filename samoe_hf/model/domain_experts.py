@@ -369,17 +369,17 @@ def domain_modules(model: nn.Module, domain: str) -> Iterator[tuple[str, DomainE
 
 
 def _check_loaded(model: Any, domain: str) -> None:
-    """Refuses experts that still are as the configuration built them, where they are used, or the gate, which is among
-    a folder's own tensors, knows the domain: accelerate reads those alone, and would give the base's masks in silence.
+    """Refuses experts that still are as the configuration built them, where the gate has learned their domain: it is
+    among a folder's own tensors, which accelerate reads alone, and would give the base's masks in silence.
     """
     tensors, gate = [experts.lora_B for _, experts in domain_modules(model, domain)], model.domain_gate
-    if not tensors or any(not tensor.is_meta and bool(tensor.any()) for tensor in tensors):
-        model.built_domains.remove(domain)
-    elif not (model.training and torch.is_grad_enabled()) or gate.counts[gate.domains.index(domain)] > 0:
+    are_new = tensors and all(tensor.is_meta or not bool(tensor.any()) for tensor in tensors)
+    if are_new and gate.counts[gate.domains.index(domain)] > 0:
         raise InputError(
             f"The experts of the domain {domain!r} were not loaded: the model was built from a configuration, and they "
             "lie in a file of their own. `SamoeModel.from_pretrained` reads it."
         )
+    model.built_domains.remove(domain)
 
 
 def module_domain(name: str) -> str | None:
