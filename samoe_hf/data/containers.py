@@ -38,8 +38,8 @@ def _leave_to_parent() -> None:
     gc.freeze()  # nor does it collect what PyAV left in cycles, which would wait for those threads
 
 
-if hasattr(os, "register_at_fork"):  # Windows does not fork
-    os.register_at_fork(after_in_child=_leave_to_parent)
+if register := getattr(os, "register_at_fork", None):  # Windows does not fork
+    register(after_in_child=_leave_to_parent)
 
 
 def _close_idle(number: int) -> None:

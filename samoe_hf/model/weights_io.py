@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub.utils import WeakFileLock
@@ -111,7 +112,8 @@ def _locked(folder: str | os.PathLike) -> Iterator[None]:
     try:
         if fcntl is not None and number is not None:
             with suppress(OSError):
-                fcntl.flock(number, fcntl.LOCK_EX)
+                locks: Any = fcntl  # whose names no type checker knows on Windows
+                locks.flock(number, locks.LOCK_EX)
         yield
     finally:
         if number is not None:
@@ -123,7 +125,8 @@ def can_lock(path: str | os.PathLike) -> bool:
     with open(path, "ab") as file:
         try:
             if fcntl is not None:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                locks: Any = fcntl
+                locks.flock(file, locks.LOCK_SH | locks.LOCK_NB)
         except OSError as error:
             return isinstance(error, BlockingIOError)  # another process has locked it
     return True
