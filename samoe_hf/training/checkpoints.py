@@ -44,14 +44,16 @@ def remove_checkpoint(checkpoint: Path) -> None:
 
 
 def rotate_checkpoints(output_dir: str | Path, save_total_limit: int | None, best: str | None) -> None:
-    """Removes the oldest checkpoints above a number, but neither the newest nor the best one.
+    """Removes the oldest checkpoints above a number, if it is positive, but neither the newest nor the best one.
 
     Trainer's own rotation also removes folders of users whose names begin with `checkpoint-`.
     """
+    if save_total_limit is None or save_total_limit <= 0:
+        return
     found = list_checkpoints(output_dir)
     kept = {path for path in found if path == found[0] or (best and path.resolve() == Path(best).resolve())}
     others = [path for path in found if path not in kept]
-    for checkpoint in others[max(save_total_limit - len(kept), 0) :] if save_total_limit else ():
+    for checkpoint in others[max(save_total_limit - len(kept), 0) :]:
         remove_checkpoint(checkpoint)
 
 

@@ -62,6 +62,7 @@ def test_last_is_the_newest_whole_checkpoint(args, tmp_path, name, caplog):
     ("limit", "best", "kept"),
     [
         (None, None, {1, 2, 9, 10}),
+        (-1, None, {1, 2, 9, 10}),
         (1, None, {10}),
         (2, None, {9, 10}),
         (2, 1, {1, 10}),
